@@ -1,0 +1,1 @@
+"""Triton kernels of prumerge_fast, installed as `prumerge_fast.kernels`."""

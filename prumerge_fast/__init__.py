@@ -1,0 +1,1 @@
+"""LLaVA-PruMerge for any LLaVA: `prumerge_fast.patch(model)`."""
