@@ -1,0 +1,99 @@
+"""Scenes as conversations: token ids, masks and the loss of LLaVA's two language stages."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+
+from prumerge_fast.demo import IMAGE_TOKEN, PREFIX, SUFFIX, recipe
+from prumerge_fast.demo.scenes import KINDS, Scene
+
+IGNORE = -100  # a label that counts for nothing
+
+Turn = tuple[list[int], list[int]]  # ids and labels
+
+
+class Conversations:
+    """Turns scenes into token ids; all turns about a scene share its prefix and its image tokens.
+
+    Each turn attends to the prefix and to itself alone and counts its positions from the prefix's
+    end, so that a turn is computed exactly as if it were a prompt of its own, but the image tokens
+    are read once for all of them.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, turns: int) -> None:
+        self.tokenizer, self.turns = tokenizer, turns
+        ids = tokenizer(PREFIX)["input_ids"]
+        self.prefix = ids[: ids.index(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))]
+        self.offset = len(self.prefix) + recipe.GRID**2
+
+    def description(self, scene: Scene) -> list[Turn]:
+        return [self._turn(recipe.DESCRIBE, scene.describe())]
+
+    def questions(self, scene: Scene) -> list[Turn]:
+        asked = []
+        for turn in range(self.turns):
+            question = scene.question(KINDS[turn % len(KINDS)], variant=1 + turn // len(KINDS))
+            if question is not None:
+                asked.append(self._turn(question.text, question.answer))
+        return asked
+
+    def _turn(self, question: str, answer: str) -> Turn:
+        def encode(text: str) -> list[int]:
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+        asked = encode(SUFFIX.format(question=question))
+        answered = [*encode(f" {answer}"), self.tokenizer.eos_token_id]
+        return asked + answered, [IGNORE] * len(asked) + answered
+
+    def batch(self, conversations: list[list[Turn]]) -> tuple[Tensor, ...]:
+        """ids and labels [B, T], positions [B, S], mask [B, 1, S, S]; S = prefix + N + T."""
+        longest = max(sum(len(ids) for ids, _ in turns) for turns in conversations)
+        size, start = len(conversations), self.offset
+        ids = torch.full((size, longest), self.tokenizer.pad_token_id)
+        labels = torch.full((size, longest), IGNORE)
+        positions = torch.arange(start + longest).repeat(size, 1)
+        owner = torch.full((size, start + longest), -1)  # -1: padding, 0: prefix, t: turn t
+        owner[:, :start] = 0
+        for b, turns in enumerate(conversations):
+            at = 0
+            for t, (turn_ids, turn_labels) in enumerate(turns, start=1):
+                end = at + len(turn_ids)
+                ids[b, at:end] = torch.tensor(turn_ids)
+                labels[b, at:end] = torch.tensor(turn_labels)
+                positions[b, start + at : start + end] = start + torch.arange(len(turn_ids))
+                owner[b, start + at : start + end] = t
+                at = end
+        same = owner[:, :, None] == owner[:, None, :]
+        causal = torch.ones(start + longest, start + longest, dtype=torch.bool).tril()
+        mask = causal & (same | (owner[:, None, :] == 0))  # [B, S, S]
+        return ids, labels, positions, mask[:, None]
+
+
+def conversation_loss(
+    model: LlavaForConditionalGeneration,
+    pixels: Tensor,
+    prefix: list[int],
+    batch: tuple[Tensor, ...],
+) -> Tensor:
+    """Cross-entropy of the answers' tokens; `batch` is what `Conversations.batch` returns."""
+    ids, labels, positions, mask = batch
+    with torch.no_grad():
+        tower = model.model.vision_tower(pixels, output_hidden_states=True)
+        features = tower.hidden_states[recipe.FEATURE_LAYER][:, 1:]  # [B, N, C]
+    image = model.model.multi_modal_projector(features)
+    embed = model.get_input_embeddings()
+    start = embed(torch.tensor(prefix)).expand(len(ids), -1, -1)
+    embeds = torch.cat([start.to(image.dtype), image, embed(ids).to(image.dtype)], 1)  # [B, S, D]
+    bias = torch.zeros(mask.shape, dtype=embeds.dtype).masked_fill(
+        ~mask, torch.finfo(embeds.dtype).min
+    )
+    hidden = model.model.language_model(
+        inputs_embeds=embeds, attention_mask=bias, position_ids=positions, use_cache=False
+    ).last_hidden_state
+    predicting = hidden[:, -ids.shape[1] - 1 : -1]  # the state before each token predicts it
+    answered = labels != IGNORE
+    logits = model.lm_head(predicting[answered]).float()
+    return F.cross_entropy(logits, labels[answered])
