@@ -1,0 +1,36 @@
+"""The model families that can be patched, found by class name without importing any of them."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import NamedTuple
+
+from prumerge_fast.adapters.base import Adapter
+from prumerge_fast.errors import UnsupportedModelError
+
+
+class Family(NamedTuple):
+    """A model family: its name for people, and the module whose `ADAPTER` knows it."""
+
+    title: str
+    module: str
+
+
+FAMILIES = {
+    "LlavaForConditionalGeneration": Family("LLaVA in transformers", "prumerge_fast.adapters.llava")
+}
+
+
+def adapter_for(model: object) -> Adapter:
+    """The adapter of the family that `model`, or a class it derives from, belongs to.
+
+    Raises:
+        UnsupportedModelError: It belongs to none; the message lists the families.
+    """
+    for cls in type(model).__mro__:
+        if cls.__name__ in FAMILIES:
+            return import_module(FAMILIES[cls.__name__].module).ADAPTER
+    supported = ", ".join(f"{name} ({family.title})" for name, family in FAMILIES.items())
+    raise UnsupportedModelError(
+        f"model: expected a supported model, got {type(model).__name__}; supported: {supported}"
+    )

@@ -1,0 +1,279 @@
+"""The command line: `prumerge-fast compare`, `show` and `doctor`.
+
+Only what parses the arguments is imported here; PyTorch and transformers are imported by the
+command that needs them, so that `--help` is instant.
+
+Exit codes: 0 done, 2 bad input (one line on standard error says what is wrong), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from prumerge_fast.config import PruMergeConfig
+
+app = typer.Typer(
+    name="prumerge-fast",
+    help="LLaVA beside LLaVA-PruMerge: fewer visual tokens, the same answers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Variant(str, Enum):
+    prumerge = "prumerge"
+    prumerge_plus = "prumerge+"
+
+
+class Merge(str, Enum):
+    sum = "sum"
+    average = "average"
+    none = "none"
+
+
+class Dtype(str, Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Backend(str, Enum):
+    auto = "auto"
+    triton = "triton"
+    torch = "torch"
+    reference = "reference"
+
+
+def _at_least_one(value: int) -> int:
+    if value < 1:
+        raise typer.BadParameter(f"expected a whole number >= 1, got {value}")
+    return value
+
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="Folder or Hugging Face name of a LLaVA, such as llava-hf/llava-1.5-7b-hf.",
+        show_default="the small demo model",
+    ),
+]
+KeepOption = Annotated[
+    str | None,
+    typer.Option(
+        help="How many patch tokens to keep: a whole number, or a share such as 0.25.",
+        show_default="each image decides",
+    ),
+]
+NeighboursOption = Annotated[
+    int, typer.Option(callback=_at_least_one, help="How many similar tokens merge into each kept one.")
+]
+MergeOption = Annotated[
+    Merge, typer.Option(help="sum: the authors' code; average: the paper's text; none: only prune.")
+]
+BackendOption = Annotated[Backend, typer.Option(help="What runs the token reduction.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="auto: float32 on a CPU, float16 on a GPU.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Write JSON, with provenance, to standard output.")
+]
+
+
+@app.command()
+def compare(
+    context: typer.Context,
+    more_images: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[IMAGES]...", help="More images, as if after --images."),
+    ] = None,
+    model: ModelOption = None,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE|FOLDER ...", help="Images to ask about."),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A question about every image; may be repeated. One that contains <image> is "
+            "taken as the whole prompt, another gets the model's chat format."
+        ),
+    ] = None,
+    questions: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl",
+            help="Questions in LLaVA's format: question_id, image, text; optionally answer (or "
+            "label) and category.",
+        ),
+    ] = None,
+    image_folder: Annotated[
+        Path | None,
+        typer.Option(help="Where the question file's images are.", show_default="beside the file"),
+    ] = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OUT.jsonl",
+            help="Write answers as they come, in the format LLaVA's evaluation scripts read: "
+            "OUT-llava.jsonl, OUT-prumerge.jsonl, OUT-prumerge-plus.jsonl.",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace answer files that hold something.")
+    ] = False,
+    count: Annotated[
+        int, typer.Option(callback=_at_least_one, help="How many questions about demo scenes, without --images.")
+    ] = 200,
+    variant: Annotated[
+        list[Variant] | None,
+        typer.Option(help="May be repeated.", show_default="both"),
+    ] = None,
+    keep: KeepOption = None,
+    neighbours: NeighboursOption = 32,
+    merge: MergeOption = Merge.sum,
+    backend: BackendOption = Backend.auto,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
+    load_in_4bit: Annotated[
+        bool, typer.Option("--load-in-4bit", help="Language model in NF4 (extra: int4).")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(callback=_at_least_one, help="Questions answered at once.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(callback=_at_least_one, help="Longest answer.")] = 32,
+    repeat: Annotated[
+        int, typer.Option(callback=_at_least_one, help="Time every batch so often; medians are shown.")
+    ] = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """LLaVA beside PruMerge and PruMerge+: tokens, time, memory, answers.
+
+    Without --images and --questions, asks about demo scenes that no one was trained on. Accuracy
+    and agreement compare answers in lower case, without punctuation at the ends and without a
+    leading article.
+    """
+    from prumerge_fast.cli.compare import CompareOptions, run
+
+    run(
+        CompareOptions(
+            command=context.obj,
+            model=model,
+            images=[*(images or []), *(more_images or [])],
+            prompts=prompt or [],
+            questions=questions,
+            image_folder=image_folder,
+            answers=answers,
+            overwrite=overwrite,
+            count=count,
+            configs=[
+                _config(one, keep, neighbours, merge) for one in dict.fromkeys(variant or Variant)
+            ],
+            backend=backend.value,
+            dtype=dtype.value,
+            device=device,
+            load_in_4bit=load_in_4bit,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            repeat=repeat,
+            as_json=as_json,
+        )
+    )
+
+
+@app.command()
+def show(
+    context: typer.Context,
+    image: Annotated[str, typer.Argument(help="An image file, or demo:INDEX for a demo scene.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUT.png",
+            help="Is replaced if it exists.",
+            show_default="IMAGE-VARIANT.png",
+        ),
+    ] = None,
+    model: ModelOption = None,
+    variant: Annotated[Variant, typer.Option()] = Variant.prumerge,
+    keep: KeepOption = None,
+    neighbours: NeighboursOption = 32,
+    backend: BackendOption = Backend.auto,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Class attention, kept tokens and merge neighbourhoods of one image, drawn over it."""
+    from prumerge_fast.cli.show import ShowOptions, run
+
+    run(
+        ShowOptions(
+            command=context.obj,
+            image=image,
+            output=output,
+            model=model,
+            config=_config(variant, keep, neighbours, Merge.sum),
+            backend=backend.value,
+            dtype=dtype.value,
+            device=device,
+            as_json=as_json,
+        )
+    )
+
+
+@app.command()
+def doctor(context: typer.Context, as_json: JsonOption = False) -> None:
+    """What is installed, which backend will run, and why."""
+    from prumerge_fast.cli.doctor import run
+
+    run(context.obj, as_json=as_json)
+
+
+def _config(variant: Variant, keep: str | None, neighbours: int, merge: Merge) -> PruMergeConfig:
+    from prumerge_fast.cli.inputs import InputError
+    from prumerge_fast.config import PruMergeConfig
+
+    fields: dict[str, Any] = {"neighbours": neighbours, "merge": merge.value}
+    try:
+        if keep is not None:
+            fields["keep"] = int(keep) if keep.lstrip("+-").isdecimal() else float(keep)
+        return PruMergeConfig(variant=variant.value, **fields)
+    except ValueError:
+        raise InputError(
+            "--keep: expected a whole number >= 1 (tokens) or a share in (0, 1] such as 0.25, "
+            f"got {keep}"
+        ) from None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code.
+
+    Args:
+        arguments: Those of the process for `None`.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    from prumerge_fast.errors import PruMergeError
+
+    # Bad usage, in typer of any version: the base class is public only through this subclass.
+    usage_error: Any = typer.BadParameter.__base__
+    try:
+        code = app(arguments, prog_name="prumerge-fast", standalone_mode=False, obj=arguments)
+    except (typer.Abort, KeyboardInterrupt):
+        return 130
+    except usage_error as error:
+        return _fail(error.format_message())
+    except PruMergeError as error:
+        return _fail(str(error))
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str) -> int:
+    print(f"prumerge-fast: {' '.join(message.split())}", file=sys.stderr)
+    return 2

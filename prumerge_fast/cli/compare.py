@@ -1,0 +1,256 @@
+"""`compare`: the same images and prompts through LLaVA and LLaVA-PruMerge, side by side."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from prumerge_fast.cli import report
+from prumerge_fast.cli.inputs import (
+    InputError,
+    Item,
+    items_from_demo,
+    items_from_images,
+    items_from_jsonl,
+)
+from prumerge_fast.cli.models import Loaded, check_keep, load, prepare
+from prumerge_fast.cli.report import Answer
+from prumerge_fast.cli.stages import Measurement, StageTimes, measure
+from prumerge_fast.config import PruMergeConfig
+from prumerge_fast.dispatch import resolve_backend
+
+MOST_ANSWERS_SHOWN = 12
+_NAMES = {"prumerge": "PruMerge", "prumerge+": "PruMerge+"}
+_SLUGS = {"LLaVA": "llava", "PruMerge": "prumerge", "PruMerge+": "prumerge-plus"}
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """The options of the command (`prumerge-fast compare --help` describes them)."""
+
+    command: list[str]
+    model: str | None
+    images: list[Path]
+    prompts: list[str]
+    questions: Path | None
+    image_folder: Path | None
+    answers: Path | None
+    overwrite: bool
+    count: int
+    configs: list[PruMergeConfig]
+    backend: str
+    dtype: str
+    device: str
+    load_in_4bit: bool
+    batch_size: int
+    max_new_tokens: int
+    repeat: int
+    as_json: bool
+
+
+class _Policy:
+    """One way to treat visual tokens, with all that it has answered so far."""
+
+    def __init__(self, config: PruMergeConfig | None) -> None:
+        self.config = config
+        self.name = "LLaVA" if config is None else _NAMES[config.variant]
+        self.slug = _SLUGS[self.name]
+        self.answers: list[Answer] = []
+        self.times: list[StageTimes] = []
+        self.file: TextIO | None = None
+
+
+def run(options: CompareOptions) -> None:
+    """Runs the command.
+
+    Raises:
+        InputError: Something given cannot be used. Answers written until then stay.
+        BackendUnavailableError: The backend was asked for by name and cannot run.
+    """
+    items = _items(options)
+    policies = [_Policy(config) for config in (None, *options.configs)]
+    with ExitStack() as stack:
+        for policy in policies:
+            policy.file = _open_answers(options, policy.slug, stack)
+        loaded = load(
+            options.model,
+            dtype=options.dtype,
+            device=options.device,
+            load_in_4bit=options.load_in_4bit,
+        )
+        for config in options.configs:
+            check_keep(config, loaded.patches)
+        backend = resolve_backend(options.backend, loaded.device).name
+        try:
+            _answer_all(options, loaded, policies, items)
+        except KeyboardInterrupt:
+            report.messages().print(
+                f"interrupted after {len(policies[-1].answers)} of {len(items)} questions"
+            )
+            raise
+
+    results = {
+        policy.name: report.summarise(policy.answers, policy.times, policies[0].answers)
+        for policy in policies
+    }
+    if options.as_json:
+        report.print_json(_as_json(options, loaded, backend, policies, results))
+        return
+    console = report.console()
+    if len(items) <= MOST_ANSWERS_SHOWN:
+        console.print(report.answers_table({p.name: p.answers for p in policies}))
+    title = (
+        f"{loaded.name}: {len(items)} questions, {_dtype_name(loaded)} on {loaded.device}, "
+        f"batches of {options.batch_size}, backend {backend}"
+    )
+    console.print(report.comparison_table(title, results))
+
+
+def _items(options: CompareOptions) -> list[Item]:
+    if options.questions is not None:
+        if options.images or options.prompts:
+            raise InputError(
+                "--questions: expected no --images and no --prompt beside it, because the file "
+                "names images and questions"
+            )
+        folder = options.image_folder or options.questions.parent
+        return items_from_jsonl(options.questions, folder)
+    if options.image_folder is not None:
+        raise InputError("--image-folder: expected --questions beside it, got none")
+    if options.images:
+        if not options.prompts:
+            raise InputError("--prompt: expected at least one with --images, got none")
+        return items_from_images(options.images, options.prompts)
+    if options.prompts:
+        raise InputError("--images: expected at least one with --prompt, got none")
+    return items_from_demo(options.count)
+
+
+def _open_answers(options: CompareOptions, slug: str, stack: ExitStack) -> TextIO | None:
+    if options.answers is None:
+        return None
+    path = options.answers.with_name(f"{options.answers.stem}-{slug}{options.answers.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and path.stat().st_size > 0 and not options.overwrite:
+            raise InputError(
+                f"--answers: expected a new file, got {path}, which exists; --overwrite replaces it"
+            )
+        return stack.enter_context(path.open("w", encoding="utf-8", buffering=1))
+    except OSError as error:
+        raise InputError(f"--answers: expected a writable file, got {path} ({error})") from None
+
+
+def _answer_all(
+    options: CompareOptions, loaded: Loaded, policies: Sequence[_Policy], items: list[Item]
+) -> None:
+    """Puts every question to every policy; answers are written as they come.
+
+    Each batch starts with another policy, so that drifts of the machine hit all of them alike.
+    """
+    for policy in policies:  # warm-up
+        _measure(options, loaded, policy, prepare(loaded, items[: options.batch_size]))
+    console = report.messages()
+    columns = (
+        TextColumn("questions"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("", total=len(items))
+        for number, batch in enumerate(_batches(items, options.batch_size)):
+            inputs = prepare(loaded, batch)
+            for repeat in range(options.repeat):
+                first = (number + repeat) % len(policies)
+                for policy in (*policies[first:], *policies[:first]):
+                    measured = _measure(options, loaded, policy, inputs)
+                    policy.times.append(measured.times.per_question(len(batch)))
+                    if repeat == 0:
+                        _record(loaded, policy, batch, measured)
+            progress.advance(bar, len(batch))
+
+
+def _measure(options: CompareOptions, loaded: Loaded, policy: _Policy, inputs: Any) -> Measurement:
+    return measure(
+        loaded.model,
+        inputs,
+        policy.config,
+        backend=options.backend,
+        max_new_tokens=options.max_new_tokens,
+    )
+
+
+def _batches(items: list[Item], size: int) -> Iterator[list[Item]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _record(loaded: Loaded, policy: _Policy, batch: list[Item], measured: Measurement) -> None:
+    """Keeps a batch of answers and writes them in the format of LLaVA's evaluation scripts."""
+    texts = loaded.processor.tokenizer.batch_decode(measured.answers, skip_special_tokens=True)
+    share = measured.cache_bytes / len(batch)
+    for item, text, tokens in zip(batch, texts, measured.visual_tokens, strict=True):
+        answer = Answer(item, text.strip(), tokens, share)
+        policy.answers.append(answer)
+        if policy.file is not None:
+            record = {
+                "question_id": item.question_id,
+                "prompt": item.text,
+                "text": answer.text,
+                "answer_id": uuid.uuid4().hex,
+                "model_id": f"{loaded.name}-{policy.slug}",
+                "metadata": {"visual_tokens": tokens},
+            }
+            policy.file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _dtype_name(loaded: Loaded) -> str:
+    return str(loaded.dtype).removeprefix("torch.")
+
+
+def _as_json(
+    options: CompareOptions,
+    loaded: Loaded,
+    backend: str,
+    policies: list[_Policy],
+    results: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    return {
+        "model": loaded.name,
+        "settings": {
+            "dtype": _dtype_name(loaded),
+            "load_in_4bit": options.load_in_4bit,
+            "backend": backend,
+            "batch_size": options.batch_size,
+            "max_new_tokens": options.max_new_tokens,
+            "repeat": options.repeat,
+        },
+        "questions": len(policies[0].answers),
+        "results": {
+            policy.name: {
+                "config": None if policy.config is None else asdict(policy.config),
+                **results[policy.name],
+            }
+            for policy in policies
+        },
+        "answers": [
+            {
+                "question_id": said[0].item.question_id,
+                "image": said[0].item.image,
+                "question": said[0].item.text,
+                "expected": said[0].item.expected,
+                "category": said[0].item.category,
+                "answers": {p.name: a.text for p, a in zip(policies, said, strict=True)},
+            }
+            for said in zip(*(policy.answers for policy in policies), strict=True)
+        ],
+        **report.provenance(options.command, loaded.device),
+    }

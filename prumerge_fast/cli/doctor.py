@@ -1,0 +1,55 @@
+"""`doctor`: what is installed, which backend will run and why."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from prumerge_fast.cli import report
+from prumerge_fast.demo import MODEL_DIR
+from prumerge_fast.dispatch import resolve_backend
+
+
+def run(command: list[str], *, as_json: bool) -> None:
+    """Runs the command."""
+    devices = [torch.device("cpu")]
+    devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    found = {
+        "demo_model": {"folder": str(MODEL_DIR), "present": (MODEL_DIR / "config.json").is_file()},
+        "cuda": torch.version.cuda,
+        "devices": {str(device): _describe(device) for device in devices},
+        "backends": {str(device): resolve_backend("auto", device)._asdict() for device in devices},
+        **report.provenance(command, devices[-1]),
+    }
+    if as_json:
+        report.print_json(found)
+    else:
+        report.console().print(_table(found))
+
+
+def _describe(device: torch.device) -> str:
+    if device.type == "cpu":
+        return f"{platform.machine()}, {torch.get_num_threads()} threads"
+    properties = torch.cuda.get_device_properties(device)
+    return (
+        f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
+        f"{properties.total_memory / 2**30:.0f} GiB"
+    )
+
+
+def _table(found: dict[str, Any]) -> Table:
+    table = Table(show_header=False)
+    for package, version in found["versions"].items():
+        table.add_row(package, version or "not installed")
+    table.add_row("CUDA", found["cuda"] or "not in this PyTorch", end_section=True)
+    for device, description in found["devices"].items():
+        backend = found["backends"][device]
+        table.add_row(device, description)
+        table.add_row("", f"backend {backend['name']}: {backend['reason']}")
+    table.rows[-1].end_section = True
+    model = found["demo_model"]
+    table.add_row("demo model", model["folder"] if model["present"] else "missing")
+    return table

@@ -1,0 +1,211 @@
+"""What the commands are given: images and questions, read and checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from prumerge_fast.errors import PruMergeError
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+DEMO_PREFIX = "demo:"
+IMAGE_TOKEN = "<image>"  # where the image goes in a prompt, as LLaVA writes it
+
+
+class InputError(PruMergeError, ValueError):
+    """Bad input: its message is one line that names the argument, what was expected and what came.
+
+    The commands end with exit code 2 on it.
+    """
+
+    def __init__(self, message: object) -> None:
+        super().__init__(" ".join(str(message).split()))  # messages of libraries have many lines
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question about one image.
+
+    Args:
+        question_id: As in the question file; else the number of the question, from 0.
+        image: The name of the image.
+        load: Reads the image, as RGB.
+        text: The question, or a whole prompt where `verbatim`.
+        expected: The right answer, where it is known.
+        category: The kind of question, where the question file has one.
+        verbatim: `text` holds the image token and is the prompt as it stands.
+    """
+
+    question_id: int | str
+    image: str
+    load: Callable[[], Image.Image]
+    text: str
+    expected: str | None = None
+    category: str | None = None
+    verbatim: bool = False
+
+
+def read_image(path: Path) -> Image.Image:
+    """The image in a file, as RGB.
+
+    Raises:
+        InputError: There is no such file, or it is no image that can be decoded.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise InputError(f"image: expected an existing file, got {path}") from None
+    except UnidentifiedImageError:
+        raise InputError(f"image: expected an image file, got {path} (unknown format)") from None
+    # Pillow's decoders raise these two for data that ends early or is garbled.
+    except (OSError, SyntaxError) as error:
+        raise InputError(f"image: expected a readable image, got {path} ({error})") from None
+
+
+def find_images(paths: Iterable[Path]) -> list[Path]:
+    """The files themselves and, for each folder, its image files by name.
+
+    Raises:
+        InputError: A path does not exist, or a folder holds no image.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            if not inside:
+                raise InputError(
+                    f"--images: expected a folder with images ({', '.join(IMAGE_SUFFIXES)}), "
+                    f"got {path}, which holds none"
+                )
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise InputError(f"--images: expected an existing file or folder, got {path}")
+    return found
+
+
+def items_from_images(paths: Iterable[Path], prompts: list[str]) -> list[Item]:
+    """Every prompt about every image.
+
+    Raises:
+        InputError: A path or a prompt is unusable.
+    """
+    for prompt in prompts:
+        if prompt.count(IMAGE_TOKEN) > 1:
+            raise InputError(
+                f"--prompt: expected at most one {IMAGE_TOKEN}, got {prompt.count(IMAGE_TOKEN)} "
+                f"in {prompt!r}"
+            )
+    pairs = [(path, prompt) for path in find_images(paths) for prompt in prompts]
+    return [
+        Item(
+            number,
+            str(path),
+            partial(read_image, path),
+            prompt,
+            verbatim=IMAGE_TOKEN in prompt,
+        )
+        for number, (path, prompt) in enumerate(pairs)
+    ]
+
+
+def items_from_jsonl(path: Path, folder: Path) -> list[Item]:
+    """The questions of a file in LLaVA's own format: one JSON object a line.
+
+    `question_id`, `image` (a path below `folder`) and `text` are required; `answer` or `label` (the
+    right answer) and `category` are optional. An image token in `text` is dropped, as LLaVA does,
+    because the prompt's format puts the image first.
+
+    Raises:
+        InputError: The file cannot be read or is empty, or a line (named by its number) is not in
+            that format or names an image that does not exist.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"--questions: expected a readable text file, got {path} ({error})"
+        ) from None
+    items = [
+        _item(line, f"{path}:{number}", folder)
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+    if not items:
+        raise InputError(f"--questions: expected at least one question, got {path}, which is empty")
+    return items
+
+
+def _item(line: str, where: str, folder: Path) -> Item:
+    try:
+        record: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: expected one JSON object a line, got {error}") from None
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: expected a JSON object, got {type(record).__name__}")
+    missing = [name for name in ("question_id", "image", "text") if name not in record]
+    if missing:
+        raise InputError(
+            f"{where}: expected the fields question_id, image and text, got none named "
+            f"{' or '.join(missing)}"
+        )
+    for name, types in (("question_id", (int, str)), ("image", (str,)), ("text", (str,))):
+        if not isinstance(record[name], types):
+            raise InputError(
+                f"{where}: expected {name} to be {' or '.join(t.__name__ for t in types)}, "
+                f"got {record[name]!r}"
+            )
+    image = folder / record["image"]
+    if not image.is_file():
+        raise InputError(f"{where}: expected an existing image, got {image}")
+    expected = record.get("answer", record.get("label"))
+    category = record.get("category")
+    return Item(
+        question_id=record["question_id"],
+        image=record["image"],
+        load=partial(read_image, image),
+        text=record["text"].replace(IMAGE_TOKEN, "").strip(),
+        expected=None if expected is None else str(expected),
+        category=None if category is None else str(category),
+    )
+
+
+def items_from_demo(count: int) -> list[Item]:
+    """`count` questions about demo scenes that the demo model was never trained on."""
+    from prumerge_fast.demo.scenes import benchmark
+
+    return [
+        Item(
+            number,
+            f"{DEMO_PREFIX}{scene.index}",
+            scene.render,
+            question.text,
+            question.answer,
+            question.kind,
+        )
+        for number, (scene, question) in enumerate(benchmark("test", count))
+    ]
+
+
+def image_by_name(name: str) -> Image.Image:
+    """The image in a file, or the demo scene of the test split for `demo:INDEX`.
+
+    Raises:
+        InputError: There is no such image.
+    """
+    if not name.startswith(DEMO_PREFIX):
+        return read_image(Path(name))
+    from prumerge_fast.demo.scenes import make_scene
+
+    index = name.removeprefix(DEMO_PREFIX)
+    if not index.isdecimal():
+        raise InputError(f"IMAGE: expected {DEMO_PREFIX}INDEX with INDEX >= 0, got {name!r}")
+    return make_scene("test", int(index)).render()

@@ -1,0 +1,205 @@
+"""Loads a LLaVA and its processor, and turns questions into model inputs."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prumerge_fast.cli.inputs import IMAGE_TOKEN, InputError, Item
+from prumerge_fast.config import PruMergeConfig
+from prumerge_fast.vision import check_tower, num_patches
+
+SUPPORTED_MODEL_TYPES = ("llava",)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A LLaVA, ready to run, with its processor. `patches` is N, the patch tokens of an image."""
+
+    model: Any
+    processor: Any
+    name: str
+    device: torch.device
+    dtype: torch.dtype
+    patches: int
+
+
+def load(model: str | None, *, dtype: str, device: str, load_in_4bit: bool) -> Loaded:
+    """Loads a LLaVA from a folder or the hub; the demo model for `None`.
+
+    Args:
+        model: Folder or hub name.
+        dtype: "auto" (float32 on a CPU, else float16), "float32", "bfloat16" or "float16".
+        device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:INDEX".
+        load_in_4bit: Quantise the language model to NF4 with bitsandbytes.
+
+    Raises:
+        InputError: The model, the device or the quantisation is not available, or the model is no
+            LLaVA.
+        UnsupportedModelError: It is a LLaVA whose vision tower is not supported.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
+    from transformers.utils import logging
+
+    # Progress and warnings of transformers would mix with ours.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+    target = resolve_device(device)
+    precision = _resolve_dtype(dtype, target)
+    source, name = _source(model)
+    try:
+        config = AutoConfig.from_pretrained(source)
+        if config.model_type not in SUPPORTED_MODEL_TYPES:
+            raise InputError(
+                f"--model: expected a LLaVA (model_type {' or '.join(SUPPORTED_MODEL_TYPES)}), "
+                f"got model_type {config.model_type!r} in {source}"
+            )
+        processor = AutoProcessor.from_pretrained(source)
+        llava: Any = LlavaForConditionalGeneration.from_pretrained(
+            source, dtype=precision, **_quantisation(load_in_4bit, precision, target)
+        )
+    except InputError:
+        raise
+    # OSError: absent, or the hub is unreachable; ValueError: not a model that transformers knows.
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(
+            f"--model: expected a folder or a hub name of a LLaVA, got {source} ({error})"
+        ) from None
+    check_tower(llava.model.vision_tower)
+    if not load_in_4bit:
+        llava.to(target)
+    processor.tokenizer.padding_side = "left"
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    patches = num_patches(llava.model.vision_tower)
+    return Loaded(llava.eval(), processor, name, target, precision, patches)
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device of that name; for "auto" a GPU where there is one, otherwise the CPU.
+
+    Raises:
+        InputError: There is no such device.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        raise InputError(
+            f"--device: expected auto, cpu, cuda or cuda:INDEX, got {device!r}"
+        ) from None
+    if target.type not in ("cpu", "cuda"):
+        raise InputError(f"--device: expected auto, cpu, cuda or cuda:INDEX, got {device!r}")
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"--device: expected one of the {torch.cuda.device_count()} CUDA devices that PyTorch "
+            f"sees here, got {device!r}"
+        )
+    return target
+
+
+def check_keep(config: PruMergeConfig, patches: int) -> None:
+    """Raises InputError where `keep` is more than the patch tokens of an image."""
+    try:
+        config.budget(patches)
+    except ValueError as error:
+        raise InputError(f"--{error}") from None
+
+
+def _resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.float16
+    return getattr(torch, dtype)
+
+
+def _source(model: str | None) -> tuple[str, str]:
+    """Where to load from, and the model's name in results."""
+    if model is None:
+        from prumerge_fast.demo import MODEL_DIR
+
+        if not (MODEL_DIR / "config.json").is_file():
+            raise InputError(
+                f"--model: expected a model, got none, and no demo model in {MODEL_DIR}"
+            )
+        return str(MODEL_DIR), MODEL_DIR.name
+    folder = Path(model).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise InputError(f"--model: expected a folder with config.json, got {model}, without it")
+    return (
+        (str(folder), folder.resolve().name) if folder.is_dir() else (model, model.split("/")[-1])
+    )
+
+
+def _quantisation(load_in_4bit: bool, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for NF4."""
+    if not load_in_4bit:
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(
+            "--load-in-4bit: expected bitsandbytes to be installed, got none; "
+            "run: pip install 'prumerge_fast[int4]'"
+        )
+    from transformers import BitsAndBytesConfig
+
+    kept_whole = ["vision_tower", "multi_modal_projector", "lm_head"]
+    # transformers 5 knows these modules by their full names only, 4.x by the short ones.
+    kept_whole += [f"model.{name}" for name in kept_whole[:2]]
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=kept_whole,
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def prepare(loaded: Loaded, items: Sequence[Item]) -> Any:
+    """Model inputs for a batch of questions, padded on the left, on the model's device.
+
+    Raises:
+        InputError: An image cannot be read, or its pixels are not finite once processed.
+    """
+    images = [item.load() for item in items]
+    prompts = [format_prompt(loaded.processor, item) for item in items]
+    # A chat template may have written the tokenizer's first token already.
+    first = loaded.processor.tokenizer.bos_token
+    inputs = loaded.processor(
+        images=images,
+        text=prompts,
+        padding=True,
+        return_tensors="pt",
+        add_special_tokens=first is None or not prompts[0].startswith(first),
+    )
+    check_pixels(inputs["pixel_values"], [item.image for item in items])
+    return inputs.to(loaded.device, loaded.dtype)
+
+
+def check_pixels(pixel_values: torch.Tensor, names: Sequence[str]) -> None:
+    """Raises InputError where an image's processed pixels [B, 3, H, W] are not finite."""
+    finite = pixel_values.isfinite().flatten(1).all(1).tolist()  # [B]
+    for name, good in zip(names, finite, strict=True):
+        if not good:
+            raise InputError(
+                f"image: expected finite pixel values from the model's image processor, "
+                f"got NaN or infinity for {name}"
+            )
+
+
+def format_prompt(processor: Any, item: Item) -> str:
+    """The whole prompt: by the processor's chat template, else as LLaVA-1.5 was trained."""
+    if item.verbatim:
+        return item.text.replace(IMAGE_TOKEN, processor.image_token)
+    if processor.chat_template is not None:
+        content = [{"type": "image"}, {"type": "text", "text": item.text}]
+        return processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+    return f"USER: {processor.image_token}\n{item.text} ASSISTANT:"

@@ -1,0 +1,183 @@
+"""Results: sums them up, prints them as tables or JSON, and says where they come from."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import string
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from prumerge_fast.cli.inputs import Item
+from prumerge_fast.cli.stages import StageTimes
+
+PACKAGES = ("prumerge_fast", "torch", "transformers", "triton", "bitsandbytes", "accelerate")
+STAGES = {
+    "vision": "vision tower",
+    "prune_merge": "prune+merge",
+    "prefill": "prefill",
+    "decode": "decode",
+    "total": "total",
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one policy said to one question. `cache_bytes` is its share of the batch's KV cache."""
+
+    item: Item
+    text: str
+    visual_tokens: int
+    cache_bytes: float
+
+
+def normalise(answer: str) -> str:
+    """An answer as it is compared.
+
+    Lower case, single spaces, no punctuation and no quotes at either end, no leading article.
+    """
+    words = answer.lower().strip(string.punctuation + string.whitespace).split()
+    return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words)
+
+
+def summarise(
+    answers: Sequence[Answer], times: Sequence[StageTimes], baseline: Sequence[Answer]
+) -> dict[str, Any]:
+    """One policy's row of results.
+
+    Args:
+        answers: To all questions.
+        times: Seconds per question, one entry for each timed batch.
+        baseline: The unpruned model's answers, in the same order.
+
+    Returns:
+        `visual_tokens` (mean, min, max of an image), `milliseconds` (median per question, by
+        stage; `None` for a stage that does not exist), `kv_cache_bytes` (mean per question),
+        `agreement` with the baseline and `accuracy` (overall and by category; `None` and empty
+        where no answers are known), both as shares of 1 after `normalise`.
+    """
+    tokens = [answer.visual_tokens for answer in answers]
+    agreeing = [
+        normalise(answer.text) == normalise(other.text)
+        for answer, other in zip(answers, baseline, strict=True)
+    ]
+    correct: dict[str | None, list[bool]] = {}
+    for answer in answers:
+        if answer.item.expected is not None:
+            right = normalise(answer.text) == normalise(answer.item.expected)
+            correct.setdefault(None, []).append(right)
+            if answer.item.category is not None:
+                correct.setdefault(answer.item.category, []).append(right)
+    accuracy = {category: statistics.fmean(right) for category, right in correct.items()}
+    return {
+        "visual_tokens": {
+            "mean": statistics.fmean(tokens),
+            "min": min(tokens),
+            "max": max(tokens),
+        },
+        "milliseconds": {stage: _median_ms(times, stage) for stage in STAGES},
+        "kv_cache_bytes": statistics.fmean(answer.cache_bytes for answer in answers),
+        "agreement": statistics.fmean(agreeing),
+        "accuracy": accuracy.pop(None, None),
+        "accuracy_by_category": accuracy,
+    }
+
+
+def _median_ms(times: Sequence[StageTimes], stage: str) -> float | None:
+    seconds = [asdict(entry)[stage] for entry in times]
+    return None if None in seconds else 1000 * statistics.median(seconds)
+
+
+def comparison_table(title: str, results: dict[str, dict[str, Any]]) -> Table:
+    """A table with one column for each policy, from `summarise`'s rows by policy name."""
+    caption = "Times: median per question. Prefill includes the projector."
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    table.add_column("")
+    for policy in results:
+        table.add_column(policy, justify="right")
+
+    def add(label: str, cells: list[str], **style: Any) -> None:
+        table.add_row(label, *cells, **style)
+
+    rows = list(results.values())
+    add("visual tokens, mean", [f"{row['visual_tokens']['mean']:.1f}" for row in rows])
+    add(
+        "visual tokens, range",
+        [f"{row['visual_tokens']['min']}–{row['visual_tokens']['max']}" for row in rows],
+        end_section=True,
+    )
+    for stage, label in STAGES.items():
+        times = [row["milliseconds"][stage] for row in rows]
+        cells = ["–" if time is None else f"{time:.2f}" for time in times]
+        add(f"{label}, ms", cells, end_section=stage == "total")
+    add("KV cache, KiB", [f"{row['kv_cache_bytes'] / 1024:,.1f}" for row in rows], end_section=True)
+    if rows[0]["accuracy"] is not None:
+        add("accuracy", [f"{row['accuracy']:.1%}" for row in rows])
+        for category in rows[0]["accuracy_by_category"]:
+            add(
+                f"  {category}",
+                [f"{row['accuracy_by_category'][category]:.1%}" for row in rows],
+            )
+    add("same answer as LLaVA", [f"{row['agreement']:.1%}" for row in rows])
+    return table
+
+
+def answers_table(answers: dict[str, list[Answer]]) -> Table:
+    """Every question with what each policy answered."""
+    table = Table(title="Answers", title_justify="left", show_lines=True)
+    for heading in ("image", "question", *answers):
+        table.add_column(heading, overflow="fold")
+    for said in zip(*answers.values(), strict=True):
+        table.add_row(said[0].item.image, said[0].item.text, *(answer.text for answer in said))
+    return table
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that matter; `None` for one that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def provenance(command: list[str], device: torch.device) -> dict[str, Any]:
+    """What made a result: command, versions, machine and date."""
+    return {
+        "command": ["prumerge-fast", *command],
+        "versions": versions(),
+        "machine": {
+            "platform": platform.platform(),
+            "processor": platform.machine(),
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        },
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def print_json(result: Any) -> None:
+    """Writes a result to standard output as JSON."""
+    print(json.dumps(result, indent=2, ensure_ascii=False))
+
+
+def console() -> Console:
+    """Standard output, for tables."""
+    return Console()
+
+
+def messages() -> Console:
+    """Standard error, for progress and remarks."""
+    return Console(stderr=True)

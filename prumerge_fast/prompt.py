@@ -1,0 +1,204 @@
+"""How a prompt shrinks with its images: which of the caller's tokens the language model sees.
+
+The caller's prompt has a placeholder token for every patch; the language model gets fewer. A
+`PromptLayout` maps one to the other, for everything that has a value per token, and stays on the KV
+cache so that later steps may go on in the caller's terms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+_CACHE_ATTRIBUTE = "_prumerge_layout"
+
+
+@dataclass(frozen=True, eq=False)
+class PromptLayout:
+    """The shrunk prompt of B sequences in terms of the caller's.
+
+    Args:
+        source: [B, S] int64, the caller's column that each position comes from; -1 for padding.
+        length: Number of columns L of the caller's prompt. Later tokens correspond one to one.
+    """
+
+    source: Tensor
+    length: int
+
+    @property
+    def shrunk_length(self) -> int:
+        """S, the number of columns of the shrunk prompt."""
+        return self.source.shape[1]
+
+    @property
+    def removed(self) -> int:
+        """L - S, how many columns the prompt lost."""
+        return self.length - self.shrunk_length
+
+    def for_rows(self, rows: int) -> PromptLayout:
+        """The layout after each sequence was repeated, as beams and returned sequences are.
+
+        Raises:
+            ValueError: `rows` is no multiple of B.
+        """
+        batch = self.source.shape[0]
+        if rows == batch:
+            return self
+        if rows % batch:
+            raise ValueError(
+                f"past_key_values: expected a cache of {rows} sequences, got one of {batch}"
+            )
+        return PromptLayout(self.source.repeat_interleave(rows // batch, 0), self.length)
+
+    def gather(self, values: Tensor, fill: int | bool) -> Tensor:
+        """Values per token of the caller's sequence [B, L + g] for the shrunk one [B, S + g]."""
+        source = self.source.to(values.device)  # [B, S]
+        prompt = values[:, : self.length].gather(1, source.clamp(min=0))  # [B, S]
+        prompt = prompt.masked_fill(source < 0, fill)
+        return torch.cat([prompt, values[:, self.length :]], dim=1)
+
+    def mask(self, attention_mask: Tensor | None) -> Tensor | None:
+        """The attention mask [B, S + g]; `None` as long as none is needed."""
+        if attention_mask is not None:
+            return self.gather(attention_mask, 0)
+        padding = self.source < 0  # [B, S]
+        return (~padding).long() if padding.any() else None
+
+    def positions(self, position_ids: Tensor) -> Tensor:
+        """Position ids [B or 1, L + g] without the gaps of the tokens that are gone: [B, S + g]."""
+        position_ids = position_ids.expand(self.source.shape[0], -1)
+        past_prompt = position_ids.shape[1] - self.length
+        gone = self._gone().to(position_ids.device)  # [B, S + 1]
+        gone = torch.cat([gone[:, :-1], gone[:, -1:].expand(-1, past_prompt)], dim=1)  # [B, S + g]
+        shrunk = self.gather(position_ids, -1)
+        return (shrunk - gone).masked_fill(shrunk < 0, 0)
+
+    def later_positions(self, position_ids: Tensor) -> Tensor:
+        """Position ids [B or 1, q] of tokens behind the prompt, without the tokens gone: [B, q]."""
+        return position_ids - self._gone()[:, -1:].to(position_ids.device)
+
+    def _gone(self) -> Tensor:
+        """Tokens gone from between a row's first token and each position, or the end: [B, S + 1]."""
+        source = torch.nn.functional.pad(self.source, (0, 1), value=self.length)  # [B, S + 1]
+        first = (self.source >= 0).int().argmax(1, keepdim=True)  # [B, 1]
+        here = torch.arange(source.shape[1], device=source.device)  # [S + 1]
+        return (source - source.gather(1, first)) - (here - first)
+
+
+def shrink_prompt(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    image_token_id: int,
+    placeholders: list[int],
+    lengths: list[int],
+    *,
+    padding_side: Literal["left", "right"],
+) -> PromptLayout:
+    """Lay out prompts in which each image has `lengths` tokens in place of its `placeholders`.
+
+    Placeholders belong to images in the order of the prompts. An image keeps its first ones; with
+    more tokens than placeholders, its last placeholder stands for the rest. A row's outer padding
+    is dropped and laid anew, so that rows of unequal length fit; masked tokens inside stay.
+
+    Args:
+        input_ids: [B, L].
+        attention_mask: [B, L] or None (no padding).
+        image_token_id: Id of the placeholders.
+        placeholders: Of each image.
+        lengths: Of each image.
+        padding_side: Where shorter rows are filled up.
+
+    Raises:
+        ValueError: Placeholders and images do not match, an image is cut by the end of a prompt,
+            or nothing is left of one.
+    """
+    is_image = (input_ids == image_token_id).cpu()  # [B, L]
+    _check_placeholders(is_image, placeholders)
+    repeats = torch.ones_like(is_image, dtype=torch.int64)  # [B, L]
+    if placeholders:
+        expected, given = torch.tensor(placeholders), torch.tensor(lengths)  # [images]
+        ends = expected.cumsum(0)
+        ordinal = torch.arange(int(ends[-1]))
+        image = torch.searchsorted(ends, ordinal, right=True)  # [placeholders]
+        offset = ordinal - (ends - expected)[image]
+        extra = (given - expected).clamp(min=0)[image]
+        copies = (offset < given[image]) + extra * (offset == expected[image] - 1)
+        repeats[is_image] = copies
+    real = torch.ones_like(is_image) if attention_mask is None else attention_mask.cpu() != 0
+    repeats *= _inside(real | is_image)
+
+    counts = repeats.sum(1)  # [B]
+    width = int(counts.max())
+    if not counts.all():
+        empty = int((counts == 0).int().argmax())
+        raise ValueError(f"input_ids: nothing is left of prompt {empty} without its image tokens")
+    columns = torch.arange(input_ids.shape[1]).expand_as(is_image)  # [B, L]
+    slots = torch.arange(width)
+    filled = (  # [B, S]
+        slots >= (width - counts)[:, None] if padding_side == "left" else slots < counts[:, None]
+    )
+    source = torch.full(filled.shape, -1)
+    source[filled] = columns.flatten().repeat_interleave(repeats.flatten())
+    return PromptLayout(source.to(input_ids.device), input_ids.shape[1])
+
+
+def padding_side(attention_mask: Tensor | None) -> Literal["left", "right"]:
+    """The side that a mask pads on; left, where the last column is always a token, if neither."""
+    if attention_mask is None or bool((attention_mask[:, -1] != 0).all()):
+        return "left"
+    return "right"
+
+
+def remember_layout(cache: Any, layout: PromptLayout) -> None:
+    """Note on a KV cache that it holds the shrunk form of the caller's prompt."""
+    setattr(cache, _CACHE_ATTRIBUTE, layout)
+
+
+def forget_layout(cache: Any) -> None:
+    """Make later steps take the cache's prompt as it is."""
+    if hasattr(cache, _CACHE_ATTRIBUTE):
+        delattr(cache, _CACHE_ATTRIBUTE)
+
+
+def remembered_layout(cache: Any) -> PromptLayout | None:
+    """The layout of the prompt in a KV cache; `None` if it holds none that was shrunk.
+
+    Raises:
+        ValueError: The cache was cropped to less than the prompt.
+    """
+    layout = getattr(cache, _CACHE_ATTRIBUTE, None)
+    if layout is None:
+        return None
+    cached = int(cache.get_seq_length())
+    if cached == 0:  # reset, to be used again
+        return None
+    if cached < layout.shrunk_length:
+        raise ValueError(
+            "past_key_values: expected a cache that holds the whole prompt, "
+            f"{layout.shrunk_length} tokens after pruning, got one cropped to {cached}"
+        )
+    return layout
+
+
+def _check_placeholders(is_image: Tensor, placeholders: list[int]) -> None:
+    tokens, features = int(is_image.sum()), sum(placeholders)
+    if tokens != features:
+        raise ValueError(
+            "Image features and image tokens do not match: input_ids holds "
+            f"{tokens} image tokens, expected {features} for {len(placeholders)} images"
+        )
+    row_ends = is_image.sum(1).cumsum(0)
+    image_ends = torch.tensor([0, *placeholders]).cumsum(0)
+    if not torch.isin(row_ends, image_ends).all():
+        raise ValueError(
+            "input_ids: expected each prompt to hold all image tokens of its images, got "
+            f"{is_image.sum(1).tolist()} image tokens in the prompts"
+        )
+
+
+def _inside(real: Tensor) -> Tensor:
+    """Columns from the first to the last real one of each row, [B, L] bool."""
+    return (real.cumsum(1) > 0) & (real.flip(1).cumsum(1).flip(1) > 0)

@@ -1,0 +1,114 @@
+"""Runs a CLIP vision tower up to the feature layer, and of the layer that reads it only Q and K.
+
+LLaVA-PruMerge (arXiv 2403.15388) scores patches with the class token's query and the keys of the
+layer that reads the features (the last one, for LLaVA's feature layer -2). The rest of that layer,
+its attention, values, output projection and MLP, changes nothing in the features and is not run.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from prumerge_fast.errors import UnsupportedModelError
+from prumerge_fast.versions import clip_transformer, run_encoder_layer
+
+
+def check_tower(tower: nn.Module) -> None:
+    """Raise `UnsupportedModelError` unless `tower` is a CLIP vision tower of transformers."""
+    name = type(tower).__name__
+    if any(cls.__name__ == "CLIPVisionModel" for cls in type(tower).__mro__):
+        return
+    reason = (
+        "has no class token, whose attention PruMerge ranks patches by"
+        if "siglip" in name.lower() or "pixtral" in name.lower()
+        else "is not known"
+    )
+    raise UnsupportedModelError(f"vision tower: expected a CLIPVisionModel, got {name}, which {reason}")
+
+
+def num_patches(tower: nn.Module) -> int:
+    """N, the number of patch tokens of an image, without the class token."""
+    return clip_transformer(tower).embeddings.num_patches
+
+
+def reading_layer(tower: nn.Module, feature_layer: object) -> int:
+    """Index of the encoder layer that reads `hidden_states[feature_layer]`.
+
+    Args:
+        tower: A CLIP vision tower with L encoder layers.
+        feature_layer: `vision_feature_layer` as transformers counts it: 0 is the embeddings' output,
+            -1 the last layer's.
+
+    Raises:
+        UnsupportedModelError: It is a list, out of range, or the last layer's output, which no
+            layer reads, so that there are no queries and keys of it.
+    """
+    expected = "vision_feature_layer: expected one int"
+    if isinstance(feature_layer, bool) or not isinstance(feature_layer, int):
+        raise UnsupportedModelError(
+            f"{expected}, got {feature_layer!r}; several feature layers have no common keys"
+        )
+    layers = len(clip_transformer(tower).encoder.layers)
+    index = feature_layer if feature_layer >= 0 else layers + 1 + feature_layer
+    if index == layers:
+        raise UnsupportedModelError(
+            f"{expected} below the last layer, got {feature_layer}: no layer reads the output of "
+            f"the last of {layers} layers, so it has no queries and keys"
+        )
+    if not 0 <= index < layers:
+        raise UnsupportedModelError(
+            f"{expected} from {-layers - 1} to {layers - 1}, without -1, for a tower of {layers} "
+            f"layers, got {feature_layer}"
+        )
+    return index
+
+
+def query_keys_hidden(
+    tower: nn.Module, pixel_values: Tensor, feature_layer: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Features of the images, and the query and keys that PruMerge scores them with.
+
+    Modules are called, never their weights, so that LoRA, quantised layers and offloading work.
+
+    Args:
+        tower: A CLIP vision tower (`check_tower`) of width C.
+        pixel_values: [B, 3, height, width].
+        feature_layer: See `reading_layer`.
+
+    Returns:
+        query [B, C] of the class token, keys [B, 1+N, C], and hidden [B, 1+N, C], which equals
+        `hidden_states[feature_layer]` of the tower.
+
+    Raises:
+        UnsupportedModelError: No layer reads `feature_layer`.
+        ValueError: The images have the wrong size.
+    """
+    transformer = clip_transformer(tower)
+    index = reading_layer(tower, feature_layer)
+    hidden = transformer.pre_layrnorm(transformer.embeddings(pixel_values))  # [B, 1+N, C]
+    for layer in transformer.encoder.layers[:index]:
+        hidden = run_encoder_layer(layer, hidden)  # [B, 1+N, C]
+    reader = transformer.encoder.layers[index]
+    normed = reader.layer_norm1(hidden)  # [B, 1+N, C]
+    keys = reader.self_attn.k_proj(normed)  # [B, 1+N, C]
+    query = reader.self_attn.q_proj(normed[:, 0])  # [B, C]
+    return query, keys, hidden
+
+
+def encode(model: nn.Module, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`query_keys_hidden` of a whole model of a supported family, patched or not.
+
+    Args:
+        model: Any model that `patch` takes.
+        pixel_values: As the model takes them; [B, 3, height, width] for LLaVA.
+
+    Returns:
+        query [B, C], keys [B, 1+N, C] and hidden [B, 1+N, C], the arguments of `prune_merge`.
+
+    Raises:
+        UnsupportedModelError: No family is known for `model`, or it is configured in a way that
+            PruMerge does not work with.
+    """
+    from prumerge_fast.adapters import adapter_for  # the families import this module
+
+    return adapter_for(model).query_keys_hidden(model, {"pixel_values": pixel_values})

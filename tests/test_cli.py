@@ -1,0 +1,400 @@
+"""The commands on a tiny random LLaVA and real photographs: results, bad input, interruption."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from prumerge_fast.cli import compare, main, models, stages
+
+POLICIES = ["LLaVA", "PruMerge", "PruMerge+"]
+PATCHES = 16
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A LLaVA with random weights, 16 patch tokens and a vocabulary of 50 words."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        PreTrainedTokenizerFast,
+    )
+
+    special = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
+    words = [
+        *special,
+        "USER",
+        ":",
+        "ASSISTANT",
+        "what",
+        "is",
+        "this",
+        "?",
+        *(f"w{i}" for i in range(38)),
+    ]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    small = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2}
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    LlavaProcessor(
+        image_processor=CLIPImageProcessor(
+            size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}
+        ),
+        tokenizer=PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            bos_token="<s>",
+            eos_token="</s>",
+            pad_token="<pad>",
+            unk_token="<unk>",
+            extra_special_tokens={"image_token": "<image>"},
+            model_input_names=["input_ids", "attention_mask"],
+        ),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    ).save_pretrained(path)
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**small, num_hidden_layers=3, image_size=56, patch_size=14),
+        text_config=LlamaConfig(
+            **small,
+            num_hidden_layers=2,
+            vocab_size=len(words),
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+        image_token_id=words.index("<image>"),
+        image_seq_length=PATCHES,
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """Two real photographs of different shapes."""
+    from skimage import data
+
+    path = tmp_path_factory.mktemp("photos")
+    Image.fromarray(data.astronaut()).save(path / "astronaut.png")
+    Image.fromarray(data.coffee()).save(path / "coffee.jpg")
+    return path
+
+
+@pytest.fixture
+def command(folder, photos):
+    """`compare` on both photographs with two prompts, briefly."""
+    return [
+        *("compare", "--model", str(folder), "--images", str(photos)),
+        *("--prompt", "what is this ?", "--prompt", "what ?", "--max-new-tokens", "3"),
+    ]
+
+
+@pytest.fixture
+def questions(tmp_path, photos):
+    path = tmp_path / "questions.jsonl"
+    records = [
+        {"question_id": 10 + i, "image": name, "text": "what ?", "category": kind, "label": "w1"}
+        for i, (name, kind) in enumerate([("astronaut.png", "person"), ("coffee.jpg", "thing")] * 2)
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def refusal(capsys, *arguments):
+    """Runs a command that must be refused: exit code 2 and one line on standard error."""
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    assert (code, captured.out) == (2, ""), captured
+    assert captured.err.startswith("prumerge-fast: ")
+    assert captured.err.count("\n") == 1, captured.err
+    return captured.err
+
+
+def test_compare_as_json(command, capsys):
+    assert main([*command, "--json", "--repeat", "2", "--keep", "0.25"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert list(result["results"]) == POLICIES
+    assert result["questions"] == len(result["answers"]) == 4
+    rows = result["results"]
+    tokens = {name: row["visual_tokens"] for name, row in rows.items()}
+    assert tokens["LLaVA"] == {"mean": PATCHES, "min": PATCHES, "max": PATCHES}
+    assert tokens["PruMerge"] == tokens["PruMerge+"] == {"mean": 5, "min": 5, "max": 5}
+    # Keys and values, two layers of 64 channels in float32, for every token but the last answer's.
+    saved = rows["LLaVA"]["kv_cache_bytes"] - rows["PruMerge"]["kv_cache_bytes"]
+    assert saved == (PATCHES - 5) * 2 * 2 * 64 * 4
+    assert rows["LLaVA"]["milliseconds"]["prune_merge"] is None
+    assert rows["PruMerge"]["config"]["keep"] == 0.25
+    for name, row in rows.items():
+        stages_ = [ms for ms in row["milliseconds"].values() if ms is not None]
+        assert all(ms > 0 for ms in stages_), name
+        assert sum(stages_[:-1]) <= 1.5 * stages_[-1]  # medians, so only nearly the total
+        assert row["accuracy"] is None
+    assert rows["LLaVA"]["agreement"] == 1.0
+    assert result["command"][:2] == ["prumerge-fast", "compare"]
+    assert {"versions", "machine", "date"} <= result.keys()
+
+
+def test_compare_answers_are_those_of_the_model(command, folder, photos, capsys):
+    """The unpatched column is what plain transformers says to each image and prompt."""
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    assert main([*command, "--json", "--batch-size", "3"]) == 0
+    said = json.loads(capsys.readouterr().out)["answers"]
+    model = LlavaForConditionalGeneration.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    for answer in said:
+        inputs = processor(
+            images=Image.open(answer["image"]).convert("RGB"),
+            text=f"USER: <image>\n{answer['question']} ASSISTANT:",
+            return_tensors="pt",
+        )
+        ids = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        new = ids[0, inputs["input_ids"].shape[1] :]
+        expected = processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+        assert answer["answers"]["LLaVA"] == expected
+
+
+def test_compare_prints_tables(command, capsys):
+    assert main([*command, "--variant", "prumerge+", "--keep", "4", "--dtype", "bfloat16"]) == 0
+    captured = capsys.readouterr()
+    for expected in ("PruMerge+", "vision tower, ms", "prune+merge, ms", "prefill, ms",
+                     "KV cache, KiB", "same answer as LLaVA", "astronaut.png"):  # fmt: skip
+        assert expected in captured.out.replace("\n", "")
+    assert "5.0" in captured.out  # four tokens and the supplement
+    assert captured.err == ""
+
+
+def test_images_may_follow_one_option(folder, photos, capsys):
+    files = [str(photos / "astronaut.png"), str(photos / "coffee.jpg")]
+    arguments = ["--prompt", "what ?", "--model", str(folder), "--max-new-tokens", "1", "--json"]
+    assert main(["compare", "--images", *files, *arguments]) == 0
+    assert [a["image"] for a in json.loads(capsys.readouterr().out)["answers"]] == files
+
+
+def test_question_file_and_answer_files(folder, photos, questions, tmp_path, capsys):
+    out = tmp_path / "new" / "out.jsonl"
+    arguments = [
+        *("compare", "--model", str(folder), "--questions", str(questions), "--json"),
+        *("--image-folder", str(photos), "--answers", str(out), "--max-new-tokens", "2"),
+    ]
+    assert main(arguments) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["results"]["LLaVA"]["accuracy"] is not None
+    assert set(result["results"]["LLaVA"]["accuracy_by_category"]) == {"person", "thing"}
+    names = ["out-llava.jsonl", "out-prumerge-plus.jsonl", "out-prumerge.jsonl"]
+    assert sorted(path.name for path in out.parent.iterdir()) == names
+    for name in names:
+        records = [json.loads(line) for line in (out.parent / name).read_text().splitlines()]
+        assert [record["question_id"] for record in records] == [10, 11, 12, 13]
+        assert all(
+            record.keys() == {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
+            for record in records
+        )
+        assert {record["model_id"] for record in records} == {f"tiny-{name[4:-6]}"}
+    assert "exists; --overwrite replaces it" in refusal(capsys, *arguments)
+    assert main([*arguments, "--overwrite"]) == 0
+
+
+def test_policies_take_turns_and_warm_up_does_not_count(command, capsys, monkeypatch):
+    order = []
+
+    def spy(model, inputs, config, **options):
+        order.append("LLaVA" if config is None else config.variant)
+        return stages.measure(model, inputs, config, **options)
+
+    monkeypatch.setattr(compare, "measure", spy)
+    assert main([*command, "--json"]) == 0
+    names = ["LLaVA", "prumerge", "prumerge+"]
+    assert order[:3] == names  # warm-up
+    assert order[3:12] == [*names, *names[1:], names[0], names[2], *names[:2]]
+    assert len(order) == 3 + 3 * 4
+
+
+def test_interruption_keeps_the_answers_so_far(command, tmp_path, capsys, monkeypatch):
+    calls = []
+
+    def interrupted(*arguments, **options):
+        calls.append(None)
+        if len(calls) > 3 + 2 * 3:  # after the warm-up and two questions
+            raise KeyboardInterrupt
+        return stages.measure(*arguments, **options)
+
+    monkeypatch.setattr(compare, "measure", interrupted)
+    assert main([*command, "--answers", str(tmp_path / "a.jsonl")]) == 130
+    assert capsys.readouterr() == ("", "interrupted after 2 of 4 questions\n")
+    for slug in ("llava", "prumerge", "prumerge-plus"):
+        assert len((tmp_path / f"a-{slug}.jsonl").read_text().splitlines()) == 2
+
+
+def test_corrupt_image_midway_keeps_the_answers_so_far(folder, photos, tmp_path, capsys):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes((photos / "astronaut.png").read_bytes()[:5000])
+    message = refusal(
+        capsys,
+        *("compare", "--model", folder, "--images", photos, bad, "--prompt", "what ?"),
+        *("--max-new-tokens", 1, "--answers", tmp_path / "a.jsonl"),
+    )
+    assert "bad.png" in message
+    assert len((tmp_path / "a-prumerge.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--keep", "0"], r"--keep: expected .* got 0"),
+        (["--keep", "1000"], r"--keep: expected at most N = 16.* got 1000"),
+        (["--keep", "1.5"], r"--keep: expected .* got 1\.5"),
+        (["--keep", "many"], r"--keep: expected .* got many"),
+        (["--batch-size", "0"], r"--batch-size.*0"),
+        (["--max-new-tokens", "0"], r"--max-new-tokens.*0"),
+        (["--repeat", "0"], r"--repeat.*0"),
+        (["--neighbours", "0"], r"--neighbours.*0"),
+        (["--dtype", "int8"], r"--dtype.*int8.*float32"),
+        (["--variant", "prune"], r"--variant.*prune"),
+        (["--backend", "cuda"], r"--backend.*cuda"),
+        (["--device", "tpu"], r"--device: expected auto, cpu, cuda or cuda:INDEX, got 'tpu'"),
+        (["--device", "cuda:99"], r"--device: expected one of the \d+ CUDA devices .*'cuda:99'"),
+        (["--images", "gone.png"], r"--images: expected an existing file or folder, got gone\.png"),
+        (["--prompt", "<image><image>"], r"--prompt: expected at most one <image>, got 2"),
+        (["--questions", "q.jsonl"], r"--questions: expected no --images"),
+        (["--image-folder", "x"], r"--image-folder: expected --questions"),
+        (["--model", "nowhere/at-all"], r"--model: expected .* got nowhere/at-all"),
+        (["--model", "./gone"], r"--model: expected .* got \./gone"),
+        (["--answers", f"{__file__}/out.jsonl"], r"--answers: expected a writable file"),
+        (["--unheard-of"], r"--unheard-of"),
+    ],
+)
+def test_bad_options(command, capsys, monkeypatch, arguments, says):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert re.search(says, refusal(capsys, *command, *arguments))
+
+
+def test_prompts_and_images_need_each_other(photos, capsys):
+    assert "--prompt: expected at least one" in refusal(capsys, "compare", "--images", photos)
+    assert "--images: expected at least one" in refusal(capsys, "compare", "--prompt", "what?")
+
+
+def test_folders_without_a_usable_model(command, folder, tmp_path, capsys):
+    assert "expected a folder with config.json" in refusal(capsys, *command, "--model", tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": "bert"}))
+    assert "got model_type 'bert'" in refusal(capsys, *command, "--model", tmp_path)
+    config.write_text(json.dumps({"model_type": "no-such-model"}))
+    assert "no-such-model" in refusal(capsys, *command, "--model", tmp_path)
+    config.write_text("{")
+    assert "--model: expected" in refusal(capsys, *command, "--model", tmp_path)
+    config.write_bytes((folder / "config.json").read_bytes())  # neither weights nor processor
+    assert "--model: expected" in refusal(capsys, *command, "--model", tmp_path)
+
+
+def test_pixels_that_are_not_finite(command, folder, tmp_path, capsys):
+    import shutil
+
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (broken / name).exists():
+            text = (broken / name).read_text()
+            (broken / name).write_text(
+                re.sub(r'"image_std": \[[^]]*\]', '"image_std": [0,0,0]', text)
+            )
+    message = refusal(capsys, *command, "--model", broken)
+    assert "expected finite pixel values" in message
+    assert "astronaut.png" in message
+
+
+@pytest.mark.skipif(
+    "bitsandbytes" in sys.modules or models.importlib.util.find_spec("bitsandbytes") is not None,
+    reason="bitsandbytes is installed",
+)
+def test_four_bits_need_bitsandbytes(command, capsys):
+    assert "pip install 'prumerge_fast[int4]'" in refusal(capsys, *command, "--load-in-4bit")
+
+
+def test_show_draws_three_panels(folder, photos, tmp_path, capsys):
+    out = tmp_path / "shown.png"
+    arguments = ["show", str(photos / "coffee.jpg"), "--model", str(folder), "--keep", "5"]
+    assert main([*arguments, "-o", str(out), "--json", "--neighbours", "3"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["patches"], result["visual_tokens"]) == (PATCHES, 6)
+    kept, attention = result["kept"], result["attention"]
+    assert kept == sorted(range(PATCHES), key=lambda j: -attention[j])[:5]
+    assert [int(centre) for centre in result["neighbours"]] == kept[:4]
+    for centre, near in result["neighbours"].items():
+        assert len({*near} - {int(centre)}) == 3
+    with Image.open(out) as sheet:
+        assert sheet.width > 3 * 480
+        thirds = [sheet.crop((i * sheet.width // 3, 60, (i + 1) * sheet.width // 3, 480))
+                  for i in range(3)]  # fmt: skip
+        assert len({third.resize((60, 60)).tobytes() for third in thirds}) == 3
+
+    assert main([*arguments, "--output", str(out), "--variant", "prumerge+"]) == 0
+    assert capsys.readouterr().out == f"{out}: 6 of 16 visual tokens\n"
+
+
+def test_show_refuses(folder, photos, tmp_path, capsys):
+    photo = photos / "astronaut.png"
+    model = ("--model", folder)
+    assert "expected an existing file" in refusal(capsys, "show", tmp_path / "gone.png", *model)
+    assert "ends in .png" in refusal(capsys, "show", photo, *model, "-o", "x.gif")
+    assert "another file than the image" in refusal(capsys, "show", photo, *model, "-o", photo)
+    nowhere = tmp_path / "no" / "x.png"
+    assert "expected a writable file" in refusal(capsys, "show", photo, *model, "-o", nowhere)
+    assert "expected demo:INDEX" in refusal(capsys, "show", "demo:x", *model)
+    assert "at most N = 16" in refusal(capsys, "show", photo, *model, "--keep", 17)
+
+
+def test_show_a_demo_scene(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["show", "demo:3", "--model", str(folder)]) == 0
+    assert (tmp_path / "demo-3-prumerge.png").is_file()
+
+
+def test_doctor(capsys):
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["backends"]["cpu"]["name"] == "torch"
+    assert found["backends"]["cpu"]["reason"]
+    assert found["demo_model"]["present"] in (True, False)
+    assert main(["doctor"]) == 0
+    table = capsys.readouterr().out
+    assert "transformers" in table
+    assert "backend torch" in table
+    refusal(capsys, "doctor", "--unheard-of")
+
+
+def test_help_imports_neither_torch_nor_transformers():
+    program = (
+        "import sys; from prumerge_fast.cli import main; code = main(['compare', '--help']);"
+        "sys.exit(code or any(name in sys.modules for name in ('torch', 'transformers')))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--max-new-tokens" in done.stdout
+
+
+def test_module_entry_point(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "prumerge_fast", "show", "demo:x"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert (
+        done.stderr == "prumerge-fast: IMAGE: expected demo:INDEX with INDEX >= 0, got 'demo:x'\n"
+    )
