@@ -1,0 +1,148 @@
+"""Step 3, first half: the k tokens most similar to each centre, as a threshold a row.
+
+Similarities of one tile of centres go to scratch, tile by tile of tokens; the k-th largest of each
+row is found by counting, in as few rounds as the rows need, and nothing is sorted.
+"""
+
+import triton
+import triton.language as tl
+
+from .ordering import from_ordered_bits, ordered_bits
+
+# Cosines lie in [-1, 1] up to rounding. One that is NaN ranks below them all; a token is no
+# neighbour of itself.
+_NAN_RANK = tl.constexpr(-1.5)
+_LIMIT = tl.constexpr(1.5)
+
+
+@triton.jit
+def store_similarities(
+    centres, patch_keys, stride_kn, stride_kc, inverse_norms, similarities,
+    N: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Cosine of every centre [BM] to every token, to scratch [tiles, BM, BN].
+
+    Returns a first guess at the k-th largest of each row [BM].
+    """
+    channels = tl.arange(0, BLOCK_C)  # [BC]
+    own_rows = patch_keys + centres.to(tl.int64) * stride_kn  # [BM]
+    own_norms = tl.load(inverse_norms + centres)  # [BM]
+    best = tl.full((BLOCK_M, BLOCK_N), -_LIMIT, tl.float32)
+    for tile in range(tl.cdiv(N, BLOCK_N)):
+        tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
+        rows = tl.minimum(tokens, N - 1).to(tl.int64)  # [BN]
+        own_ptrs = own_rows[:, None] + channels[None, :] * stride_kc
+        key_ptrs = patch_keys + rows[None, :] * stride_kn + channels[:, None] * stride_kc
+        dots = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, C, BLOCK_C):
+            if C % BLOCK_C:
+                mask = start + channels < C
+                own = tl.load(own_ptrs, mask=mask[None, :], other=0.0)  # [BM, BC]
+                keys = tl.load(key_ptrs, mask=mask[:, None], other=0.0)  # [BC, BN]
+            else:
+                own = tl.load(own_ptrs)  # [BM, BC]
+                keys = tl.load(key_ptrs)  # [BC, BN]
+            dots = tl.dot(own, keys, dots, input_precision=PRECISION)
+            own_ptrs += BLOCK_C * stride_kc
+            key_ptrs += BLOCK_C * stride_kc
+        norms = tl.load(inverse_norms + tokens)  # [BN]
+        cosines = dots * own_norms[:, None] * norms[None, :]  # [BM, BN]
+        cosines = tl.where(cosines == cosines, tl.minimum(cosines, _LIMIT), _NAN_RANK)
+        others = (tokens[None, :] != centres[:, None]) & (tokens < N)[None, :]
+        cosines = tl.where(others, cosines, -float("inf"))
+        best = tl.maximum(best, cosines)
+        places = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        tl.store(similarities + tile * BLOCK_M * BLOCK_N + places, cosines)
+    # With a ninth of the tokens in each group, about 40 exceed the mean of the groups' largest.
+    return tl.sum(best, 1) / BLOCK_N
+
+
+@triton.jit
+def count_at_least(
+    similarities, threshold,
+    N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """How many similarities of each row reach its threshold: -> [BM]."""
+    places = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    counts = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    for tile in range(tl.cdiv(N, BLOCK_N)):
+        cosines = tl.load(similarities + tile * BLOCK_M * BLOCK_N + places)  # [BM, BN]
+        counts += (cosines >= threshold[:, None]).to(tl.int32)
+    return tl.sum(counts, 1)
+
+
+@triton.jit
+def kth_largest(
+    similarities, guess, is_row, count,
+    N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A threshold for each row that `count` similarities or, with ties at it, more reach.
+
+    similarities: scratch [tiles, BM, BN]; guess: first probe [BM]; is_row: rows that matter [BM].
+    Returns the threshold and how many reach it, [BM] each.
+
+    A bracket of bit patterns shrinks to one value; a row that `count` similarities reach exactly
+    is done early. Probes interpolate the logarithm of the count, which falls evenly in the tail of
+    a distribution; each third halves the bracket, so that it ends whatever the distribution.
+    """
+    low = ordered_bits(tl.full((BLOCK_M,), _NAN_RANK, tl.float32))  # reached by all
+    high = ordered_bits(tl.full((BLOCK_M,), _LIMIT, tl.float32)) + 1  # reached by none
+    low_count = tl.full((BLOCK_M,), N - 1, tl.int32)
+    high_count = tl.zeros((BLOCK_M,), tl.int32)
+    is_open = is_row & (low_count > count)
+    num_open = tl.sum(is_open.to(tl.int32), 0)
+    probe = ordered_bits(guess)  # [BM]
+    turn = tl.zeros((), tl.int32)
+    while num_open > 0:
+        probe = tl.minimum(tl.maximum(probe, low + 1), high - 1)
+        reached = count_at_least(similarities, from_ordered_bits(probe), N, BLOCK_M, BLOCK_N)
+        is_enough = is_open & (reached >= count)
+        is_short = is_open & (reached < count)
+        low = tl.where(is_enough, probe, low)
+        low_count = tl.where(is_enough, reached, low_count)
+        high = tl.where(is_short, probe, high)
+        high_count = tl.where(is_short, reached, high_count)
+        is_open = is_row & (low_count > count) & (high - low > 1)
+        num_open = tl.sum(is_open.to(tl.int32), 0)
+
+        turn += 1
+        log_low = tl.log2(low_count.to(tl.float32))
+        log_high = tl.log2(tl.maximum(high_count.to(tl.float32), 0.5))
+        share = (log_low - tl.log2(count.to(tl.float32))) / tl.maximum(log_low - log_high, 1e-3)
+        low_value = from_ordered_bits(low)
+        secant = ordered_bits(low_value + (from_ordered_bits(high) - low_value) * share)
+        probe = tl.where(turn % 3 == 0, low + ((high - low) >> 1), secant)
+    return from_ordered_bits(low), low_count
+
+
+@triton.jit
+def last_tied(
+    similarities, threshold, reached, is_row, count,
+    N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Of the tokens at the threshold, the highest index that still counts: -> [BM].
+
+    Ties go to the lower index, so it is where exactly `count` similarities of the row are taken.
+    """
+    places = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    low = tl.full((BLOCK_M,), -1, tl.int32)  # too few are taken
+    high = tl.full((BLOCK_M,), N - 1, tl.int32)  # enough are taken
+    is_open = is_row & (reached > count)
+    num_open = tl.sum(is_open.to(tl.int32), 0)
+    while num_open > 0:
+        middle = (low + high) >> 1  # [BM]
+        counts = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+        for tile in range(tl.cdiv(N, BLOCK_N)):
+            tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
+            cosines = tl.load(similarities + tile * BLOCK_M * BLOCK_N + places)  # [BM, BN]
+            is_taken = (cosines > threshold[:, None]) | (
+                (cosines == threshold[:, None]) & (tokens[None, :] <= middle[:, None])
+            )
+            counts += is_taken.to(tl.int32)
+        is_enough = tl.sum(counts, 1) >= count
+        high = tl.where(is_open & is_enough, middle, high)
+        low = tl.where(is_open & (is_enough == 0), middle, low)
+        is_open = is_open & (high - low > 1)
+        num_open = tl.sum(is_open.to(tl.int32), 0)
+    return high

@@ -1,0 +1,201 @@
+"""The whole reduction in one launch: class attention, selection, similarity and merge.
+
+Programs (i, s) of the grid take images i, i + programs, ... and of each image every `splits`-th
+tile of output rows. The programs of an image repeat its scoring and selection instead of waiting
+for one another, so there is no order of programs in which they could hang.
+"""
+
+import triton
+import triton.language as tl
+
+from .merge import (
+    neighbour_weight,
+    power_of_two_scale,
+    store_supplement_weights,
+    store_weights,
+    weighted_rows,
+)
+from .neighbours import kth_largest, last_tied, store_similarities
+from .scores import class_token_score, score_patches
+from .selection import (
+    above_fence,
+    class_attention,
+    evenly_spaced,
+    most_attended,
+    on_grid,
+    store_centres,
+)
+
+
+@triton.jit
+def prune_merge_kernel(
+    # inputs: [B, C], [B, 1 + N, C], [B, 1 + N, C]
+    query, keys, hidden,
+    stride_qb, stride_qc, stride_kb, stride_kn, stride_kc, stride_yb, stride_yn, stride_yc,
+    # outputs, contiguous: [B, capacity, C], [B], [B, capacity], [B, N]
+    tokens, lengths, kept, attention_out,
+    # one block of `scratch_words` words a program
+    scratch,
+    batch, capacity,
+    # options
+    softmax_scale, q1_rank, q1_weight, q3_rank, q3_weight, fence,
+    num_attended, num_spatial, neighbours,
+    N: tl.constexpr, C: tl.constexpr,
+    HAS_BUDGET: tl.constexpr, PLUS: tl.constexpr, RASTER: tl.constexpr,
+    MERGE: tl.constexpr, SUPPLEMENT: tl.constexpr,
+    # launch configuration
+    N_PAD: tl.constexpr, C_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_SCORE: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    PRECISION: tl.constexpr, SCRATCH_WORDS: tl.constexpr,
+):  # fmt: skip
+    """See `prune_merge`; merge is "sum", "average" or "none"."""
+    TILES: tl.constexpr = tl.cdiv(N, BLOCK_N) * BLOCK_N
+    split = tl.program_id(1)
+    splits = tl.num_programs(1)
+    program = (tl.program_id(0) * splits + split).to(tl.int64)
+    words = scratch + program * SCRATCH_WORDS
+    # Scratch of this program; the attention that merges and what is left over are padded with 0.
+    scores = words
+    inverse_norms = words + TILES
+    attention_words = words + 2 * TILES
+    left = words + 3 * TILES
+    centres = (words + 4 * TILES).to(tl.pointer_type(tl.int32))
+    similarities = words + 5 * TILES
+    packed = similarities.to(tl.pointer_type(tl.int64))
+    weights = (similarities + BLOCK_M * TILES).to(tl.pointer_type(hidden.dtype.element_ty))
+
+    for image in range(tl.program_id(0), batch, tl.num_programs(0)):
+        image = image.to(tl.int64)
+        image_query = query + image * stride_qb
+        image_keys = keys + image * stride_kb
+        patch_keys = image_keys + stride_kn
+        patches = hidden + image * stride_yb + stride_yn
+
+        # ---- step 1: scores and norms
+        score_patches(
+            image_query, stride_qc, patch_keys, stride_kn, stride_kc, scores, inverse_norms,
+            N, C, BLOCK_N, BLOCK_SCORE,
+        )  # fmt: skip
+        own_score = class_token_score(image_query, stride_qc, image_keys, stride_kc, C, C_PAD)
+        tl.debug_barrier()
+
+        # ---- step 2: attention and centres
+        index = tl.arange(0, N_PAD)  # [N_PAD]
+        in_range = index < N
+        patch_scores = tl.load(scores + index, mask=in_range, other=0.0)
+        attention = class_attention(
+            patch_scores * softmax_scale, own_score * softmax_scale, in_range
+        )
+        # Attention is NaN for a whole image or not at all; then all tokens rank the same.
+        comparable = tl.where(attention == attention, attention, 0.0)
+        bits = tl.where(in_range, comparable.to(tl.int32, bitcast=True), -1)
+        if HAS_BUDGET:
+            attended = most_attended(bits, num_attended)
+        else:
+            attended = in_range & above_fence(
+                comparable, bits, q1_rank, q1_weight, q3_rank, q3_weight, fence
+            )
+        if PLUS and HAS_BUDGET:
+            free = in_range & (attended == 0)
+            spatial = evenly_spaced(free, N - num_attended, num_spatial)
+        elif PLUS:
+            spatial = on_grid(index, attended, N)
+        else:
+            spatial = attended & (index < 0)
+        count = store_centres(
+            centres, packed, attended, spatial, bits, index, PLUS, RASTER, BLOCK_N
+        )
+        length = count + 1 if SUPPLEMENT else count
+        rest = tl.where(attended | spatial, 0.0, attention)  # [N_PAD]
+        in_tiles = index < TILES
+        tl.store(attention_words + index, tl.where(in_range, attention, 0.0), mask=in_tiles)
+        tl.store(left + index, tl.where(in_range, rest, 0.0), mask=in_tiles)
+        scale, unscale = power_of_two_scale(tl.max(tl.where(in_range, comparable, 0.0), 0))
+        left_most = tl.max(tl.where(in_range & (rest == rest), rest, 0.0), 0)
+        supplement_scale, supplement_unscale = power_of_two_scale(left_most)
+        tl.debug_barrier()
+        if split == 0:
+            tl.store(attention_out + image * N + index, attention, mask=in_range)
+            tl.store(lengths + image, length)
+            for start in range(0, capacity, N_PAD):
+                rows = start + index
+                chosen = tl.load(centres + rows, mask=rows < count, other=-1)
+                tl.store(kept + image * capacity + rows, chosen, mask=rows < capacity)
+
+        # ---- steps 3 and 4: one tile of output rows after the other
+        image_tokens = tokens + image * capacity * C
+        for first in range(split * BLOCK_M, capacity, splits * BLOCK_M):
+            rows = first + tl.arange(0, BLOCK_M)  # [BM]
+            out_rows = image_tokens + rows.to(tl.int64)[:, None] * C
+            if first < length:
+                is_centre = rows < count
+                own = tl.load(centres + rows, mask=is_centre, other=0)  # [BM]
+                is_supplement = (rows == count) & SUPPLEMENT
+                own_weight = tl.where(is_centre, 1.0, 0.0)
+                row_unscale = tl.where(is_centre, unscale, supplement_unscale)
+                if MERGE == "none":
+                    store_supplement_weights(
+                        weights, left, is_supplement, supplement_scale, N, BLOCK_M, BLOCK_N
+                    )
+                else:
+                    guess = store_similarities(
+                        own, patch_keys, stride_kn, stride_kc, inverse_norms, similarities,
+                        N, C, BLOCK_M, BLOCK_N, BLOCK_C, PRECISION,
+                    )  # fmt: skip
+                    tl.debug_barrier()
+                    threshold, reached = kth_largest(
+                        similarities, guess, is_centre, neighbours, N, BLOCK_M, BLOCK_N
+                    )
+                    last = last_tied(
+                        similarities, threshold, reached, is_centre, neighbours,
+                        N, BLOCK_M, BLOCK_N,
+                    )  # fmt: skip
+                    row_scale = tl.zeros((BLOCK_M,), tl.float32) + scale
+                    if MERGE == "average":
+                        own_attention = tl.load(attention_words + own)  # [BM]
+                        total = own_attention + neighbour_weight(
+                            similarities, attention_words, threshold, last, N, BLOCK_M, BLOCK_N
+                        )
+                        is_weightless = total == 0
+                        row_scale = tl.where(is_weightless, 0.0, 1.0 / total)
+                        own_share = tl.where(is_weightless, 1.0, own_attention * row_scale)
+                        own_weight = tl.where(is_centre, own_share, 0.0)
+                        row_unscale = tl.where(is_centre, 1.0, supplement_unscale)
+                    store_weights(
+                        weights, similarities, attention_words, left, threshold, last, row_scale,
+                        is_centre, is_supplement, supplement_scale, N, BLOCK_M, BLOCK_N,
+                    )  # fmt: skip
+                tl.debug_barrier()
+                own_rows = patches + own.to(tl.int64) * stride_yn  # [BM]
+                for start in range(0, C, BLOCK_OUT):
+                    channels = start + tl.arange(0, BLOCK_OUT)  # [BO]
+                    sums = weighted_rows(
+                        weights, patches, stride_yn, stride_yc, start,
+                        N, C, BLOCK_M, BLOCK_N, BLOCK_OUT, PRECISION,
+                    )  # fmt: skip
+                    inside = (channels < C)[None, :]
+                    own_ptrs = own_rows[:, None] + channels[None, :] * stride_yc
+                    kept_rows = tl.load(own_ptrs, mask=inside & is_centre[:, None], other=0.0)
+                    kept_rows = kept_rows.to(tl.float32) * own_weight[:, None]  # [BM, BO]
+                    sums *= row_unscale[:, None]
+                    if MERGE == "none":
+                        merged = tl.where(is_centre[:, None], kept_rows, sums)
+                    else:
+                        merged = kept_rows + sums
+                    merged = tl.where((rows < length)[:, None], merged, 0.0)
+                    tl.store(
+                        out_rows + channels[None, :],
+                        merged.to(tokens.dtype.element_ty),
+                        mask=inside & (rows < capacity)[:, None],
+                    )
+                # The next tile writes the scratch that slower warps may still be reading.
+                tl.debug_barrier()
+            else:
+                for start in range(0, C, BLOCK_OUT):
+                    channels = start + tl.arange(0, BLOCK_OUT)  # [BO]
+                    tl.store(
+                        out_rows + channels[None, :],
+                        tl.zeros((BLOCK_M, BLOCK_OUT), tokens.dtype.element_ty),
+                        mask=(channels < C)[None, :] & (rows < capacity)[:, None],
+                    )
+        tl.debug_barrier()
