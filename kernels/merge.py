@@ -7,6 +7,8 @@ scaled before it is rounded and its product is scaled back.
 import triton
 import triton.language as tl
 
+from .tiles import tile_rows
+
 
 @triton.jit
 def power_of_two_scale(largest):
@@ -79,8 +81,8 @@ def store_supplement_weights(
 
 @triton.jit
 def weighted_rows(
-    weights, patches, stride_yn, stride_yc, start,
-    N: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    weights, patches, start,
+    STRIDE_N: tl.constexpr, STRIDE_C: tl.constexpr, N: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_OUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Weights [BM, N] times tokens [N, C], channels `start` to `start + BO`: -> [BM, BO]."""
@@ -88,11 +90,9 @@ def weighted_rows(
     channels = start + tl.arange(0, BLOCK_OUT)  # [BO]
     sums = tl.zeros((BLOCK_M, BLOCK_OUT), tl.float32)
     for tile in range(tl.cdiv(N, BLOCK_N)):
-        tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
-        # Past the end the last token again, with weight 0.
-        rows = tl.minimum(tokens, N - 1).to(tl.int64)  # [BN]
         weight = tl.load(weights + tile * BLOCK_M * BLOCK_N + places)  # [BM, BN]
-        patch_ptrs = patches + rows[:, None] * stride_yn + channels[None, :] * stride_yc
+        rows = tile_rows(patches, tile, tl.arange(0, BLOCK_N), STRIDE_N, N, BLOCK_N)  # [BN]
+        patch_ptrs = rows[:, None] + channels[None, :] * STRIDE_C  # [BN, BO]
         if C % BLOCK_OUT:
             values = tl.load(patch_ptrs, mask=(channels < C)[None, :], other=0.0)  # [BN, BO]
         else:

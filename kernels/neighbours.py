@@ -7,7 +7,8 @@ row is found by counting, in as few rounds as the rows need, and nothing is sort
 import triton
 import triton.language as tl
 
-from .ordering import from_ordered_bits, ordered_bits
+from .ordering import from_ordered_bits, next_probe, ordered_bits
+from .tiles import tile_rows
 
 # Cosines lie in [-1, 1] up to rounding. One that is NaN ranks below them all; a token is no
 # neighbour of itself.
@@ -17,23 +18,25 @@ _LIMIT = tl.constexpr(1.5)
 
 @triton.jit
 def store_similarities(
-    centres, patch_keys, stride_kn, stride_kc, inverse_norms, similarities,
-    N: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+    centres, patch_keys, inverse_norms, similarities, guesses,
+    STRIDE_N: tl.constexpr, STRIDE_C: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Cosine of every centre [BM] to every token, to scratch [tiles, BM, BN].
 
-    Returns a first guess at the k-th largest of each row [BM].
+    To scratch as well goes a first guess at the k-th largest of each row [BM]. (Returned instead,
+    it would carry the tensor-core layout into the counting, and a conversion into each of its
+    steps.)
     """
     channels = tl.arange(0, BLOCK_C)  # [BC]
-    own_rows = patch_keys + centres.to(tl.int64) * stride_kn  # [BM]
+    own_rows = patch_keys + centres.to(tl.int64) * STRIDE_N  # [BM]
     own_norms = tl.load(inverse_norms + centres)  # [BM]
     best = tl.full((BLOCK_M, BLOCK_N), -_LIMIT, tl.float32)
     for tile in range(tl.cdiv(N, BLOCK_N)):
         tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
-        rows = tl.minimum(tokens, N - 1).to(tl.int64)  # [BN]
-        own_ptrs = own_rows[:, None] + channels[None, :] * stride_kc
-        key_ptrs = patch_keys + rows[None, :] * stride_kn + channels[:, None] * stride_kc
+        own_ptrs = own_rows[:, None] + channels[None, :] * STRIDE_C  # [BM, BC]
+        key_ptrs = tile_rows(patch_keys, tile, tl.arange(0, BLOCK_N), STRIDE_N, N, BLOCK_N)[None, :]
+        key_ptrs += channels[:, None] * STRIDE_C  # [BC, BN]
         dots = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(0, C, BLOCK_C):
             if C % BLOCK_C:
@@ -44,8 +47,8 @@ def store_similarities(
                 own = tl.load(own_ptrs)  # [BM, BC]
                 keys = tl.load(key_ptrs)  # [BC, BN]
             dots = tl.dot(own, keys, dots, input_precision=PRECISION)
-            own_ptrs += BLOCK_C * stride_kc
-            key_ptrs += BLOCK_C * stride_kc
+            own_ptrs += BLOCK_C * STRIDE_C
+            key_ptrs += BLOCK_C * STRIDE_C
         norms = tl.load(inverse_norms + tokens)  # [BN]
         cosines = dots * own_norms[:, None] * norms[None, :]  # [BM, BN]
         cosines = tl.where(cosines == cosines, tl.minimum(cosines, _LIMIT), _NAN_RANK)
@@ -54,8 +57,8 @@ def store_similarities(
         best = tl.maximum(best, cosines)
         places = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         tl.store(similarities + tile * BLOCK_M * BLOCK_N + places, cosines)
-    # With a ninth of the tokens in each group, about 40 exceed the mean of the groups' largest.
-    return tl.sum(best, 1) / BLOCK_N
+    # With nine tokens in each of 64 groups, about 40 exceed the mean of the groups' largest.
+    tl.store(guesses + tl.arange(0, BLOCK_M), tl.sum(best, 1) / BLOCK_N)
 
 
 @triton.jit
@@ -74,12 +77,12 @@ def count_at_least(
 
 @triton.jit
 def kth_largest(
-    similarities, guess, is_row, count,
+    similarities, guesses, is_row, count,
     N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A threshold for each row that `count` similarities or, with ties at it, more reach.
 
-    similarities: scratch [tiles, BM, BN]; guess: first probe [BM]; is_row: rows that matter [BM].
+    similarities: scratch [tiles, BM, BN]; guesses: first probes [BM], scratch; is_row: rows that matter [BM].
     Returns the threshold and how many reach it, [BM] each.
 
     A bracket of bit patterns shrinks to one value; a row that `count` similarities reach exactly
@@ -92,10 +95,10 @@ def kth_largest(
     high_count = tl.zeros((BLOCK_M,), tl.int32)
     is_open = is_row & (low_count > count)
     num_open = tl.sum(is_open.to(tl.int32), 0)
-    probe = ordered_bits(guess)  # [BM]
+    probe = ordered_bits(tl.load(guesses + tl.arange(0, BLOCK_M)))  # [BM]
+    probe = tl.minimum(tl.maximum(probe, low + 1), high - 1)
     turn = tl.zeros((), tl.int32)
     while num_open > 0:
-        probe = tl.minimum(tl.maximum(probe, low + 1), high - 1)
         reached = count_at_least(similarities, from_ordered_bits(probe), N, BLOCK_M, BLOCK_N)
         is_enough = is_open & (reached >= count)
         is_short = is_open & (reached < count)
@@ -110,9 +113,7 @@ def kth_largest(
         log_low = tl.log2(low_count.to(tl.float32))
         log_high = tl.log2(tl.maximum(high_count.to(tl.float32), 0.5))
         share = (log_low - tl.log2(count.to(tl.float32))) / tl.maximum(log_low - log_high, 1e-3)
-        low_value = from_ordered_bits(low)
-        secant = ordered_bits(low_value + (from_ordered_bits(high) - low_value) * share)
-        probe = tl.where(turn % 3 == 0, low + ((high - low) >> 1), secant)
+        probe = next_probe(low, high, share, turn)
     return from_ordered_bits(low), low_count
 
 

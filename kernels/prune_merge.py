@@ -31,7 +31,9 @@ from .selection import (
 def prune_merge_kernel(
     # inputs: [B, C], [B, 1 + N, C], [B, 1 + N, C]
     query, keys, hidden,
-    stride_qb, stride_qc, stride_kb, stride_kn, stride_kc, stride_yb, stride_yn, stride_yc,
+    stride_qb, stride_qc, stride_kb, stride_yb,
+    STRIDE_KN: tl.constexpr, STRIDE_KC: tl.constexpr,
+    STRIDE_YN: tl.constexpr, STRIDE_YC: tl.constexpr,
     # outputs, contiguous: [B, capacity, C], [B], [B, capacity], [B, N]
     tokens, lengths, kept, attention_out,
     # one block of `scratch_words` words a program
@@ -46,7 +48,7 @@ def prune_merge_kernel(
     # launch configuration
     N_PAD: tl.constexpr, C_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_SCORE: tl.constexpr, BLOCK_OUT: tl.constexpr,
-    PRECISION: tl.constexpr, SCRATCH_WORDS: tl.constexpr,
+    PRECISION: tl.constexpr, TENSOR_CORES: tl.constexpr, SCRATCH_WORDS: tl.constexpr,
 ):  # fmt: skip
     """See `prune_merge`; merge is "sum", "average" or "none"."""
     TILES: tl.constexpr = tl.cdiv(N, BLOCK_N) * BLOCK_N
@@ -60,7 +62,8 @@ def prune_merge_kernel(
     attention_words = words + 2 * TILES
     left = words + 3 * TILES
     centres = (words + 4 * TILES).to(tl.pointer_type(tl.int32))
-    similarities = words + 5 * TILES
+    guesses = words + 5 * TILES
+    similarities = guesses + TILES
     packed = similarities.to(tl.pointer_type(tl.int64))
     weights = (similarities + BLOCK_M * TILES).to(tl.pointer_type(hidden.dtype.element_ty))
 
@@ -68,15 +71,15 @@ def prune_merge_kernel(
         image = image.to(tl.int64)
         image_query = query + image * stride_qb
         image_keys = keys + image * stride_kb
-        patch_keys = image_keys + stride_kn
-        patches = hidden + image * stride_yb + stride_yn
+        patch_keys = image_keys + STRIDE_KN
+        patches = hidden + image * stride_yb + STRIDE_YN
 
         # ---- step 1: scores and norms
         score_patches(
-            image_query, stride_qc, patch_keys, stride_kn, stride_kc, scores, inverse_norms,
-            N, C, BLOCK_N, BLOCK_SCORE,
+            image_query, stride_qc, patch_keys, scores, inverse_norms,
+            STRIDE_KN, STRIDE_KC, N, C, BLOCK_N, BLOCK_SCORE, TENSOR_CORES,
         )  # fmt: skip
-        own_score = class_token_score(image_query, stride_qc, image_keys, stride_kc, C, C_PAD)
+        own_score = class_token_score(image_query, stride_qc, image_keys, STRIDE_KC, C, C_PAD)
         tl.debug_barrier()
 
         # ---- step 2: attention and centres
@@ -90,10 +93,10 @@ def prune_merge_kernel(
         comparable = tl.where(attention == attention, attention, 0.0)
         bits = tl.where(in_range, comparable.to(tl.int32, bitcast=True), -1)
         if HAS_BUDGET:
-            attended = most_attended(bits, num_attended)
+            attended = most_attended(bits, num_attended, N)
         else:
             attended = in_range & above_fence(
-                comparable, bits, q1_rank, q1_weight, q3_rank, q3_weight, fence
+                comparable, bits, q1_rank, q1_weight, q3_rank, q3_weight, fence, N
             )
         if PLUS and HAS_BUDGET:
             free = in_range & (attended == 0)
@@ -138,13 +141,13 @@ def prune_merge_kernel(
                         weights, left, is_supplement, supplement_scale, N, BLOCK_M, BLOCK_N
                     )
                 else:
-                    guess = store_similarities(
-                        own, patch_keys, stride_kn, stride_kc, inverse_norms, similarities,
-                        N, C, BLOCK_M, BLOCK_N, BLOCK_C, PRECISION,
+                    store_similarities(
+                        own, patch_keys, inverse_norms, similarities, guesses,
+                        STRIDE_KN, STRIDE_KC, N, C, BLOCK_M, BLOCK_N, BLOCK_C, PRECISION,
                     )  # fmt: skip
                     tl.debug_barrier()
                     threshold, reached = kth_largest(
-                        similarities, guess, is_centre, neighbours, N, BLOCK_M, BLOCK_N
+                        similarities, guesses, is_centre, neighbours, N, BLOCK_M, BLOCK_N
                     )
                     last = last_tied(
                         similarities, threshold, reached, is_centre, neighbours,
@@ -166,15 +169,15 @@ def prune_merge_kernel(
                         is_centre, is_supplement, supplement_scale, N, BLOCK_M, BLOCK_N,
                     )  # fmt: skip
                 tl.debug_barrier()
-                own_rows = patches + own.to(tl.int64) * stride_yn  # [BM]
+                own_rows = patches + own.to(tl.int64) * STRIDE_YN  # [BM]
                 for start in range(0, C, BLOCK_OUT):
                     channels = start + tl.arange(0, BLOCK_OUT)  # [BO]
                     sums = weighted_rows(
-                        weights, patches, stride_yn, stride_yc, start,
-                        N, C, BLOCK_M, BLOCK_N, BLOCK_OUT, PRECISION,
+                        weights, patches, start,
+                        STRIDE_YN, STRIDE_YC, N, C, BLOCK_M, BLOCK_N, BLOCK_OUT, PRECISION,
                     )  # fmt: skip
                     inside = (channels < C)[None, :]
-                    own_ptrs = own_rows[:, None] + channels[None, :] * stride_yc
+                    own_ptrs = own_rows[:, None] + channels[None, :] * STRIDE_YC
                     kept_rows = tl.load(own_ptrs, mask=inside & is_centre[:, None], other=0.0)
                     kept_rows = kept_rows.to(tl.float32) * own_weight[:, None]  # [BM, BO]
                     sums *= row_unscale[:, None]

@@ -32,18 +32,20 @@ def interpolate(bits, low, rank, weight):
 
 
 @triton.jit
-def above_fence(attention, bits, q1_rank, q1_weight, q3_rank, q3_weight, fence):
+def above_fence(
+    attention, bits, q1_rank, q1_weight, q3_rank, q3_weight, fence, N: tl.constexpr
+):  # fmt: skip
     """Outliers of the attention [N]: above the third quartile by `fence` interquartile ranges."""
-    low1, low3 = nth_largest(bits, q1_rank, q3_rank)
+    low1, low3 = nth_largest(bits, q1_rank, q3_rank, N)
     q1 = interpolate(bits, low1, q1_rank, q1_weight)
     q3 = interpolate(bits, low3, q3_rank, q3_weight)
     return attention > q3 + fence * (q3 - q1)
 
 
 @triton.jit
-def most_attended(bits, count):
+def most_attended(bits, count, N: tl.constexpr):
     """The `count` largest of bits [N], ties to the lower index."""
-    least, _ = nth_largest(bits, count, count)
+    least, _ = nth_largest(bits, count, count, N)
     above = bits > least
     tied = (bits == least).to(tl.int32)
     room = count - tl.sum(above.to(tl.int32), 0)
