@@ -6,6 +6,11 @@ import dataclasses
 
 import torch
 
+# Enough programs to fill the largest GPUs twice; more would only need more scratch.
+_MAX_PROGRAMS = 512
+_WIDE_GPU = 128  # multiprocessors of a large GPU, to the nearest power of two
+_TENSOR_CORES_FROM = 80  # compute capability; Triton emits no tensor-core code below
+
 
 @dataclasses.dataclass(frozen=True)
 class LaunchConfig:
@@ -32,3 +37,89 @@ class LaunchConfig:
     precision: str
     num_warps: int
     num_stages: int
+
+    def programs(self, batch: int) -> int:
+        """Programs in the first dimension of the grid; each takes every so-many-th image."""
+        return max(1, min(batch, _MAX_PROGRAMS // self.splits))
+
+    def vector(self, length: int) -> int:
+        """Padded length of a vector: a power of two that gives every thread elements of its own."""
+        return max(1 << (length - 1).bit_length(), 256 * self.num_warps)
+
+    def scratch_words(self, num_patches: int) -> int:
+        """32-bit words of scratch a program."""
+        padded = -(-num_patches // self.block_n) * self.block_n
+        return padded * (6 + 2 * self.block_m)
+
+
+def choose_launch(
+    batch: int, num_patches: int, channels: int, rows: int, dtype: torch.dtype, target: str
+) -> LaunchConfig:
+    """The configuration for B images of N patch tokens with C channels.
+
+    Args:
+        batch: B.
+        num_patches: N.
+        channels: C.
+        rows: Output rows of a typical image; a guess where the image decides.
+        dtype: float16, bfloat16 or float32.
+        target: `"sm_80"`, `"gfx942"` and so on.
+
+    Raises:
+        ValueError: There is no configuration for the target.
+    """
+    obstacle = target_obstacle(target)
+    if obstacle is not None:
+        raise ValueError(f"target: {obstacle}")
+    tiles = -(-rows // 16)
+    # Few images: many programs share one, so that the GPU is full. Many: the keys are read least
+    # often when one program takes large tiles of rows.
+    splits = max(1, min(tiles, _WIDE_GPU // max(batch, 1)))
+    rows_each = -(-rows // splits)
+    if dtype == torch.float32:
+        is_cuda = target.startswith("sm_")
+        return LaunchConfig(
+            splits=splits,
+            block_m=16,
+            block_n=64,
+            block_c=_at_most(64, channels),
+            block_score=_at_most(64, channels),
+            block_out=_at_most(64, channels),
+            precision="tf32x3" if is_cuda else "ieee",
+            num_warps=4,
+            num_stages=2 if is_cuda else 1,
+        )
+    block_m = 16 if rows_each <= 16 else 32 if rows_each <= 32 else 64
+    return LaunchConfig(
+        splits=splits,
+        block_m=block_m,
+        block_n=64,
+        block_c=_at_most(128 if block_m == 64 else 256, channels),
+        block_score=_at_most(256, channels),
+        block_out=_at_most(256, channels),
+        precision="tf32",
+        num_warps=8 if block_m == 64 else 4,
+        num_stages=2,
+    )
+
+
+def target_obstacle(target: str) -> str | None:
+    """Why there is no configuration for a target; `None` where there is one."""
+    if target.startswith("gfx9"):
+        return None
+    if not target.startswith("sm_"):
+        return f"no launch configuration has been checked for {target}"
+    if int(target.removeprefix("sm_")) < _TENSOR_CORES_FROM:
+        return (
+            f"Triton emits no tensor-core code for {target}: the kernel needs "
+            f"sm_{_TENSOR_CORES_FROM} or newer"
+        )
+    return None
+
+
+def _at_most(limit: int, channels: int) -> int:
+    """The largest power of two that wastes nothing on `channels`, at most `limit`, at least 32."""
+    block = limit
+    while block > 32 and block // 2 >= channels:
+        block //= 2
+    return block

@@ -82,8 +82,8 @@ def store_supplement_weights(
 @triton.jit
 def weighted_rows(
     weights, patches, start,
-    STRIDE_N: tl.constexpr, STRIDE_C: tl.constexpr, N: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_OUT: tl.constexpr, PRECISION: tl.constexpr,
+    STRIDE_N: tl.constexpr, STRIDE_C: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_OUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Weights [BM, N] times tokens [N, C], channels `start` to `start + BO`: -> [BM, BO]."""
     places = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]

@@ -82,7 +82,8 @@ def kth_largest(
 ):  # fmt: skip
     """A threshold for each row that `count` similarities or, with ties at it, more reach.
 
-    similarities: scratch [tiles, BM, BN]; guesses: first probes [BM], scratch; is_row: rows that matter [BM].
+    similarities: scratch [tiles, BM, BN]; guesses: first probes [BM], scratch; is_row:
+    rows that matter [BM].
     Returns the threshold and how many reach it, [BM] each.
 
     A bracket of bit patterns shrinks to one value; a row that `count` similarities reach exactly

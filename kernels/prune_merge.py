@@ -5,9 +5,16 @@ tile of output rows. The programs of an image repeat its scoring and selection i
 for one another, so there is no order of programs in which they could hang.
 """
 
+from __future__ import annotations
+
+import math
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from .launch_config import LaunchConfig
 from .merge import (
     neighbour_weight,
     power_of_two_scale,
@@ -202,3 +209,85 @@ def prune_merge_kernel(
                         mask=(channels < C)[None, :] & (rows < capacity)[:, None],
                     )
         tl.debug_barrier()
+
+
+def prune_merge(
+    query: Tensor,
+    keys: Tensor,
+    hidden: Tensor,
+    *,
+    budget: int | None,
+    plus: bool,
+    neighbours: int,
+    fence: float,
+    merge: str,
+    supplement: bool,
+    raster: bool,
+    launch: LaunchConfig,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Reduce the patch tokens of B images, in one launch.
+
+    Args:
+        query: [B, C], float16, bfloat16 or float32; any strides, as of the other two.
+        keys: [B, 1+N, C].
+        hidden: [B, 1+N, C].
+        budget: Centres an image; `None`: its outliers.
+        plus: PruMerge+.
+        neighbours: Tokens that merge into each centre; clipped to N - 1.
+        fence: Interquartile ranges above the third quartile from where a token is an outlier.
+        merge: `"sum"`, `"average"` or `"none"`.
+        supplement: Whether a last row sums what is left.
+        raster: Centres by index, not by attention.
+        launch: How to cut the work.
+
+    Returns:
+        Tokens [B, capacity, C] with zeros past an image's length, lengths [B] int32, kept
+        [B, capacity] int32, attention [B, N] float32.
+    """
+    batch, rows, channels = keys.shape
+    num_patches = rows - 1
+    capacity = (num_patches if budget is None else budget) + supplement
+    tokens = hidden.new_empty(batch, capacity, channels)
+    lengths = hidden.new_empty(batch, dtype=torch.int32)
+    kept = hidden.new_empty(batch, capacity, dtype=torch.int32)
+    attention = hidden.new_empty(batch, num_patches, dtype=torch.float32)
+    if batch == 0:
+        return tokens, lengths, kept, attention
+
+    programs = launch.programs(batch)
+    scratch_words = launch.scratch_words(num_patches)
+    scratch = hidden.new_empty(programs * launch.splits, scratch_words, dtype=torch.float32)
+    q1_rank, q1_weight = _percentile(0.25, num_patches)
+    q3_rank, q3_weight = _percentile(0.75, num_patches)
+    num_spatial = budget // 2 if plus and budget is not None else 0
+    num_attended = 1 if budget is None else budget - num_spatial
+    if min(neighbours, num_patches - 1) == 0:
+        merge = "none"
+    with torch.cuda.device_of(keys):
+        prune_merge_kernel[(programs, launch.splits)](
+            query, keys, hidden,
+            *query.stride(), keys.stride(0), hidden.stride(0),
+            *keys.stride()[1:], *hidden.stride()[1:],
+            tokens, lengths, kept, attention,
+            scratch,
+            batch, capacity,
+            1 / math.sqrt(channels), q1_rank, q1_weight, q3_rank, q3_weight, fence,
+            num_attended, num_spatial, min(neighbours, num_patches - 1),
+            N=num_patches, C=channels,
+            HAS_BUDGET=budget is not None, PLUS=plus, RASTER=raster,
+            MERGE=merge, SUPPLEMENT=supplement,
+            N_PAD=launch.vector(num_patches), C_PAD=launch.vector(channels),
+            BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_C=launch.block_c,
+            BLOCK_SCORE=launch.block_score, BLOCK_OUT=launch.block_out,
+            PRECISION=launch.precision, TENSOR_CORES=keys.dtype != torch.float32,
+            SCRATCH_WORDS=scratch_words,
+            num_warps=launch.num_warps, num_stages=launch.num_stages,
+        )  # fmt: skip
+    return tokens, lengths, kept, attention
+
+
+def _percentile(share: float, count: int) -> tuple[int, float]:
+    """Where a percentile lies: rank (from 1, largest first) of the value below, and weight of
+    the value above."""
+    position = share * (count - 1)
+    return count - math.floor(position), position - math.floor(position)

@@ -18,7 +18,8 @@ def class_token_score(query, stride_qc, keys, stride_kc, C: tl.constexpr, C_PAD:
 @triton.jit
 def score_patches(
     query, stride_qc, patch_keys, scores, inverse_norms,
-    STRIDE_N: tl.constexpr, STRIDE_C: tl.constexpr, N: tl.constexpr, C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    STRIDE_N: tl.constexpr, STRIDE_C: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     TENSOR_CORES: tl.constexpr,
 ):  # fmt: skip
     """q·k_j, unscaled, and 1 / |k_j| of every patch token j, to scratch.
@@ -42,7 +43,8 @@ def score_patches(
 @triton.jit
 def _tile_by_sums(
     query, stride_qc, patch_keys, tile,
-    STRIDE_N: tl.constexpr, STRIDE_C: tl.constexpr, N: tl.constexpr, C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    STRIDE_N: tl.constexpr, STRIDE_C: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """q·k_j and k_j·k_j of one tile of tokens, in float32 multiply-adds: -> [BN], [BN]."""
     channels = tl.arange(0, BLOCK_C)  # [BC]
@@ -69,7 +71,8 @@ def _tile_by_sums(
 @triton.jit
 def _tile_by_products(
     query, stride_qc, patch_keys, tile,
-    STRIDE_N: tl.constexpr, STRIDE_C: tl.constexpr, N: tl.constexpr, C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    STRIDE_N: tl.constexpr, STRIDE_C: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """`_tile_by_sums` on tensor cores, for 16-bit keys: their products are exact in float32.
 

@@ -18,4 +18,6 @@ def tile_rows(
     if N % BLOCK_N:
         rows = tl.minimum(tile * BLOCK_N + in_tile, N - 1)
         return patches + rows.to(tl.int64) * STRIDE_N
-    return patches + tl.cast(tile, tl.int64) * (BLOCK_N * STRIDE_N) + in_tile.to(tl.int64) * STRIDE_N
+    return (
+        patches + tl.cast(tile, tl.int64) * (BLOCK_N * STRIDE_N) + in_tile.to(tl.int64) * STRIDE_N
+    )

@@ -14,6 +14,7 @@ from prumerge_fast.errors import BackendUnavailableError
 from prumerge_fast.output import MergedTokens
 from prumerge_fast.reference import prune_merge_reference
 from prumerge_fast.torch_backend import prune_merge_torch
+from prumerge_fast.triton_backend import prune_merge_triton, triton_obstacle
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 
@@ -23,6 +24,7 @@ _DEFAULT_CONFIG = PruMergeConfig()
 _IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, PruMergeConfig], MergedTokens]] = {
     "torch": prune_merge_torch,
     "reference": prune_merge_reference,
+    "triton": prune_merge_triton,
 }
 
 
@@ -33,12 +35,19 @@ class ResolvedBackend(NamedTuple):
     reason: str
 
 
-def resolve_backend(backend: str, device: torch.device | str) -> ResolvedBackend:
+def resolve_backend(
+    backend: str,
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+    num_patches: int | None = None,
+) -> ResolvedBackend:
     """Which backend runs for tensors on `device` when `backend` is asked for.
 
     Args:
         backend: One of `BACKENDS`.
         device: Where the tensors are.
+        dtype: Their dtype; `None`: one that every backend takes.
+        num_patches: N; `None`: a number that every backend takes.
 
     Raises:
         TypeError: `backend` is no string.
@@ -49,19 +58,17 @@ def resolve_backend(backend: str, device: torch.device | str) -> ResolvedBackend
         raise TypeError(f"backend: expected a string, got {backend!r} ({type(backend).__name__})")
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    obstacle = _triton_obstacle(torch.device(device))
+    device = torch.device(device)
+    obstacle = triton_obstacle(device, dtype, num_patches)
     if backend == "auto":
+        if device.type == "cpu":
+            return ResolvedBackend("torch", "vectorised PyTorch, because the tensors are on a CPU")
         if obstacle is None:
             return ResolvedBackend("triton", "a Triton kernel supports this device")
         return ResolvedBackend("torch", f"vectorised PyTorch, because {obstacle}")
     if backend == "triton" and obstacle is not None:
         raise BackendUnavailableError(f"backend='triton' cannot run: {obstacle}")
     return ResolvedBackend(backend, "asked for by name")
-
-
-def _triton_obstacle(device: torch.device) -> str | None:
-    """Why the Triton backend cannot run on `device`; `None` when it can."""
-    return "this version has no Triton kernel"
 
 
 def prune_merge(
@@ -84,8 +91,8 @@ def prune_merge(
     image whose scores hold a NaN or +inf has NaN attention throughout: no token is an outlier,
     a `keep` of n takes the n tokens of lowest index, and rows that attention weighs are NaN. A
     similarity that is NaN (from an infinite key) ranks below every other. A token of `hidden`
-    that is not finite makes the rows that use it not finite, and, in the torch backend, may do so
-    to every merged row of its image. A key that is zero has similarity 0 to all.
+    that is not finite makes the rows that use it not finite, and, in the torch and Triton backends,
+    may do so to every merged row of its image. A key that is zero has similarity 0 to all.
 
     Args:
         query: [B, C] or [B, 1+N, C] (its row 0 is used); queries of the layer that reads `hidden`.
@@ -112,7 +119,8 @@ def prune_merge(
         raise TypeError(f"config: expected a PruMergeConfig or None, got {type(config).__name__}")
     _check_tensors(query, keys, hidden)
     config.budget(keys.shape[1] - 1)  # raises when `keep` does not fit
-    implementation = _IMPLEMENTATIONS[resolve_backend(backend, keys.device).name]
+    resolved = resolve_backend(backend, keys.device, keys.dtype, keys.shape[1] - 1)
+    implementation = _IMPLEMENTATIONS[resolved.name]
     if query.ndim == 3:
         query = query[:, 0]  # [B, C]
     with _without_autocast(keys.device.type):

@@ -1,0 +1,188 @@
+"""The Triton backend: the fused kernel as one PyTorch operator, `prumerge_fast::prune_merge`.
+
+One operator for the whole reduction, because each costs about 10 µs of host time. Its shapes are
+static (rows padded to `config.capacity(N)`), so that it traces and neither waits for the device.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prumerge_fast.config import PruMergeConfig
+from prumerge_fast.gradients import prune_merge_gradients
+from prumerge_fast.output import MergedTokens
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MOST_PATCHES = 16384  # counts of two searches share 32 bits
+_EVERY_CENTRE_AN_OUTLIER = -1  # stands for no budget: operators of PyTorch 2.4 take no `int | None`
+
+
+def prune_merge_triton(
+    query: Tensor, keys: Tensor, hidden: Tensor, config: PruMergeConfig
+) -> MergedTokens:
+    """Reduce the patch tokens of B images in one kernel launch.
+
+    Args:
+        query: [B, C], the class token's query.
+        keys: [B, 1+N, C].
+        hidden: [B, 1+N, C].
+        config: What to keep and how to merge.
+
+    Returns:
+        Rows padded to the longest image, in the dtype of `hidden`; computed in float32.
+    """
+    budget = config.budget(keys.shape[1] - 1)
+    tokens, lengths, kept, attention = torch.ops.prumerge_fast.prune_merge(
+        query,
+        keys,
+        hidden,
+        _EVERY_CENTRE_AN_OUTLIER if budget is None else budget,
+        config.variant,
+        config.neighbours,
+        config.fence,
+        config.merge,
+        config.supplement,
+        config.order,
+    )
+    if budget is None:
+        longest = int(lengths.max()) if len(lengths) else int(config.supplement)
+        tokens, kept = tokens[:, :longest], kept[:, :longest]
+    return MergedTokens(tokens, lengths, kept, attention)
+
+
+def triton_obstacle(
+    device: torch.device, dtype: torch.dtype | None = None, num_patches: int | None = None
+) -> str | None:
+    """Why the kernel cannot run for such tensors, in words for a person; `None` when it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton; it exists for Linux)"
+    if dtype is not None and dtype not in _DTYPES:
+        return f"the Triton kernel takes float16, bfloat16 or float32, not {dtype}"
+    if num_patches is not None and num_patches > _MOST_PATCHES:
+        return f"the Triton kernel takes at most {_MOST_PATCHES} patch tokens, not {num_patches}"
+    if device.type == "cpu":
+        if _interprets() or getattr(_active_driver(), "accepts_cpu_tensors", False):
+            return None
+        return (
+            "the tensors are on the CPU; move them to a GPU, or set TRITON_INTERPRET=1 before "
+            "Triton is imported to run the kernel in Triton's interpreter (slow)"
+        )
+    if device.type != "cuda":
+        return f"there is no Triton kernel for devices of type '{device.type}'"
+    from prumerge_fast.kernels.launch_config import target_obstacle
+
+    return target_obstacle(_gpu_name(device))
+
+
+def _interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _active_driver() -> Any:
+    """Triton's active driver, or `None` where there is no GPU to drive."""
+    from triton.runtime import driver
+
+    try:
+        return driver.active
+    except RuntimeError:  # "0 active drivers"
+        return None
+
+
+def _gpu_name(device: torch.device) -> str:
+    """`"sm_80"` or `"gfx942"`."""
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def launch_target(device: torch.device) -> str:
+    """What the kernel is compiled for when the tensors are on `device`."""
+    if device.type == "cuda":
+        return _gpu_name(device)
+    if _interprets():
+        return "sm_80"
+    target = _active_driver().get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+
+
+@torch.library.custom_op("prumerge_fast::prune_merge", mutates_args=())
+def _prune_merge(
+    query: Tensor,
+    keys: Tensor,
+    hidden: Tensor,
+    budget: int,
+    variant: str,
+    neighbours: int,
+    fence: float,
+    merge: str,
+    supplement: bool,
+    order: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from prumerge_fast.kernels.launch_config import choose_launch
+    from prumerge_fast.kernels.prune_merge import prune_merge
+
+    batch, rows, channels = keys.shape
+    plus = variant == "prumerge+"
+    # Real photographs keep about an eighth of their tokens, with PruMerge+ about half.
+    typical = (rows - 1) // (2 if plus else 8) if budget < 0 else budget
+    return prune_merge(
+        query,
+        keys,
+        hidden,
+        budget=None if budget == _EVERY_CENTRE_AN_OUTLIER else budget,
+        plus=plus,
+        neighbours=neighbours,
+        fence=fence,
+        merge=merge,
+        supplement=supplement,
+        raster=order == "raster",
+        launch=choose_launch(
+            batch, rows - 1, channels, typical + supplement, keys.dtype, launch_target(keys.device)
+        ),
+    )
+
+
+@_prune_merge.register_fake
+def _(
+    query: Tensor,
+    keys: Tensor,
+    hidden: Tensor,
+    budget: int,
+    variant: str,
+    neighbours: int,
+    fence: float,
+    merge: str,
+    supplement: bool,
+    order: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, rows, channels = keys.shape
+    capacity = (rows - 1 if budget == _EVERY_CENTRE_AN_OUTLIER else budget) + int(supplement)
+    return (
+        hidden.new_empty(batch, capacity, channels),
+        hidden.new_empty(batch, dtype=torch.int32),
+        hidden.new_empty(batch, capacity, dtype=torch.int32),
+        hidden.new_empty(batch, rows - 1, dtype=torch.float32),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    query, keys, hidden, _, _, neighbours, _, merge, supplement, _ = inputs
+    _, lengths, kept, _ = output
+    ctx.save_for_backward(query, keys, hidden, lengths, kept)
+    ctx.options = {"neighbours": neighbours, "merge": merge, "supplement": supplement}
+
+
+def _backward(ctx: Any, grad_tokens: Tensor, _l: Any, _k: Any, grad_attention: Tensor) -> Any:
+    gradients = prune_merge_gradients(
+        grad_tokens, grad_attention, *ctx.saved_tensors, **ctx.options
+    )
+    return (*gradients, *(None,) * 7)
+
+
+_prune_merge.register_autograd(_backward, setup_context=_setup_context)
