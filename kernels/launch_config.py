@@ -6,8 +6,6 @@ import dataclasses
 
 import torch
 
-# Enough programs to fill the largest GPUs twice; more would only need more scratch.
-_MAX_PROGRAMS = 512
 _WIDE_GPU = 128  # multiprocessors of a large GPU, to the nearest power of two
 _TENSOR_CORES_FROM = 80  # compute capability; Triton emits no tensor-core code below
 
@@ -37,10 +35,6 @@ class LaunchConfig:
     precision: str
     num_warps: int
     num_stages: int
-
-    def programs(self, batch: int) -> int:
-        """Programs in the first dimension of the grid; each takes every so-many-th image."""
-        return max(1, min(batch, _MAX_PROGRAMS // self.splits))
 
     def vector(self, length: int) -> int:
         """Padded length of a vector: a power of two that gives every thread elements of its own."""

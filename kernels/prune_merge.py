@@ -1,13 +1,14 @@
 """The whole reduction in one launch: class attention, selection, similarity and merge.
 
-Programs (i, s) of the grid take images i, i + programs, ... and of each image every `splits`-th
-tile of output rows. The programs of an image repeat its scoring and selection instead of waiting
-for one another, so there is no order of programs in which they could hang.
+Program (i, s) of the grid takes every `splits`-th tile of the output rows of image i, from tile s.
+The programs of an image repeat its scoring and selection instead of waiting for one another, so
+there is no order of programs in which they could hang.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -33,8 +34,13 @@ from .selection import (
     store_centres,
 )
 
+# Numbers that change from call to call are not worth a compilation each.
+_NOT_SPECIALIZED = [
+    "capacity", "q1_rank", "q3_rank", "num_attended", "num_spatial", "neighbours",
+]  # fmt: skip
 
-@triton.jit
+
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def prune_merge_kernel(
     # inputs: [B, C], [B, 1 + N, C], [B, 1 + N, C]
     query, keys, hidden,
@@ -45,7 +51,7 @@ def prune_merge_kernel(
     tokens, lengths, kept, attention_out,
     # one block of `scratch_words` words a program
     scratch,
-    batch, capacity,
+    capacity,
     # options
     softmax_scale, q1_rank, q1_weight, q3_rank, q3_weight, fence,
     num_attended, num_spatial, neighbours,
@@ -74,144 +80,162 @@ def prune_merge_kernel(
     packed = similarities.to(tl.pointer_type(tl.int64))
     weights = (similarities + BLOCK_M * TILES).to(tl.pointer_type(hidden.dtype.element_ty))
 
-    for image in range(tl.program_id(0), batch, tl.num_programs(0)):
-        image = image.to(tl.int64)
-        image_query = query + image * stride_qb
-        image_keys = keys + image * stride_kb
-        patch_keys = image_keys + STRIDE_KN
-        patches = hidden + image * stride_yb + STRIDE_YN
+    image = tl.program_id(0).to(tl.int64)
+    image_query = query + image * stride_qb
+    image_keys = keys + image * stride_kb
+    patch_keys = image_keys + STRIDE_KN
+    patches = hidden + image * stride_yb + STRIDE_YN
 
-        # ---- step 1: scores and norms
-        score_patches(
-            image_query, stride_qc, patch_keys, scores, inverse_norms,
-            STRIDE_KN, STRIDE_KC, N, C, BLOCK_N, BLOCK_SCORE, TENSOR_CORES,
-        )  # fmt: skip
-        own_score = class_token_score(image_query, stride_qc, image_keys, STRIDE_KC, C, C_PAD)
-        tl.debug_barrier()
+    # ---- step 1: scores and norms
+    score_patches(
+        image_query, stride_qc, patch_keys, scores, inverse_norms,
+        STRIDE_KN, STRIDE_KC, N, C, BLOCK_N, BLOCK_SCORE, TENSOR_CORES,
+    )  # fmt: skip
+    own_score = class_token_score(image_query, stride_qc, image_keys, STRIDE_KC, C, C_PAD)
+    tl.debug_barrier()
 
-        # ---- step 2: attention and centres
-        index = tl.arange(0, N_PAD)  # [N_PAD]
-        in_range = index < N
-        patch_scores = tl.load(scores + index, mask=in_range, other=0.0)
-        attention = class_attention(
-            patch_scores * softmax_scale, own_score * softmax_scale, in_range
+    # ---- step 2: attention and centres
+    index = tl.arange(0, N_PAD)  # [N_PAD]
+    in_range = index < N
+    patch_scores = tl.load(scores + index, mask=in_range, other=0.0)
+    attention = class_attention(patch_scores * softmax_scale, own_score * softmax_scale, in_range)
+    # Attention is NaN for a whole image or not at all; then all tokens rank the same.
+    comparable = tl.where(attention == attention, attention, 0.0)
+    bits = tl.where(in_range, comparable.to(tl.int32, bitcast=True), -1)
+    if HAS_BUDGET:
+        attended = most_attended(bits, num_attended, N)
+    else:
+        attended = in_range & above_fence(
+            comparable, bits, q1_rank, q1_weight, q3_rank, q3_weight, fence, N
         )
-        # Attention is NaN for a whole image or not at all; then all tokens rank the same.
-        comparable = tl.where(attention == attention, attention, 0.0)
-        bits = tl.where(in_range, comparable.to(tl.int32, bitcast=True), -1)
-        if HAS_BUDGET:
-            attended = most_attended(bits, num_attended, N)
-        else:
-            attended = in_range & above_fence(
-                comparable, bits, q1_rank, q1_weight, q3_rank, q3_weight, fence, N
-            )
-        if PLUS and HAS_BUDGET:
-            free = in_range & (attended == 0)
-            spatial = evenly_spaced(free, N - num_attended, num_spatial)
-        elif PLUS:
-            spatial = on_grid(index, attended, N)
-        else:
-            spatial = attended & (index < 0)
-        count = store_centres(
-            centres, packed, attended, spatial, bits, index, PLUS, RASTER, BLOCK_N
-        )
-        length = count + 1 if SUPPLEMENT else count
-        rest = tl.where(attended | spatial, 0.0, attention)  # [N_PAD]
-        in_tiles = index < TILES
-        tl.store(attention_words + index, tl.where(in_range, attention, 0.0), mask=in_tiles)
-        tl.store(left + index, tl.where(in_range, rest, 0.0), mask=in_tiles)
-        scale, unscale = power_of_two_scale(tl.max(tl.where(in_range, comparable, 0.0), 0))
-        left_most = tl.max(tl.where(in_range & (rest == rest), rest, 0.0), 0)
-        supplement_scale, supplement_unscale = power_of_two_scale(left_most)
-        tl.debug_barrier()
-        if split == 0:
-            tl.store(attention_out + image * N + index, attention, mask=in_range)
-            tl.store(lengths + image, length)
-            for start in range(0, capacity, N_PAD):
-                rows = start + index
-                chosen = tl.load(centres + rows, mask=rows < count, other=-1)
-                tl.store(kept + image * capacity + rows, chosen, mask=rows < capacity)
+    if PLUS and HAS_BUDGET:
+        free = in_range & (attended == 0)
+        spatial = evenly_spaced(free, N - num_attended, num_spatial)
+    elif PLUS:
+        spatial = on_grid(index, attended, N)
+    else:
+        spatial = attended & (index < 0)
+    count = store_centres(centres, packed, attended, spatial, bits, index, PLUS, RASTER, BLOCK_N)
+    length = count + 1 if SUPPLEMENT else count
+    rest = tl.where(attended | spatial, 0.0, attention)  # [N_PAD]
+    in_tiles = index < TILES
+    tl.store(attention_words + index, tl.where(in_range, attention, 0.0), mask=in_tiles)
+    tl.store(left + index, tl.where(in_range, rest, 0.0), mask=in_tiles)
+    scale, unscale = power_of_two_scale(tl.max(tl.where(in_range, comparable, 0.0), 0))
+    left_most = tl.max(tl.where(in_range & (rest == rest), rest, 0.0), 0)
+    supplement_scale, supplement_unscale = power_of_two_scale(left_most)
+    tl.debug_barrier()
+    if split == 0:
+        tl.store(attention_out + image * N + index, attention, mask=in_range)
+        tl.store(lengths + image, length)
+        for start in range(0, capacity, N_PAD):
+            rows = start + index
+            chosen = tl.load(centres + rows, mask=rows < count, other=-1)
+            tl.store(kept + image * capacity + rows, chosen, mask=rows < capacity)
 
-        # ---- steps 3 and 4: one tile of output rows after the other
-        image_tokens = tokens + image * capacity * C
-        for first in range(split * BLOCK_M, capacity, splits * BLOCK_M):
-            rows = first + tl.arange(0, BLOCK_M)  # [BM]
-            out_rows = image_tokens + rows.to(tl.int64)[:, None] * C
-            if first < length:
-                is_centre = rows < count
-                own = tl.load(centres + rows, mask=is_centre, other=0)  # [BM]
-                is_supplement = (rows == count) & SUPPLEMENT
-                own_weight = tl.where(is_centre, 1.0, 0.0)
-                row_unscale = tl.where(is_centre, unscale, supplement_unscale)
-                if MERGE == "none":
-                    store_supplement_weights(
-                        weights, left, is_supplement, supplement_scale, N, BLOCK_M, BLOCK_N
-                    )
-                else:
-                    store_similarities(
-                        own, patch_keys, inverse_norms, similarities, guesses,
-                        STRIDE_KN, STRIDE_KC, N, C, BLOCK_M, BLOCK_N, BLOCK_C, PRECISION,
-                    )  # fmt: skip
-                    tl.debug_barrier()
-                    threshold, reached = kth_largest(
-                        similarities, guesses, is_centre, neighbours, N, BLOCK_M, BLOCK_N
-                    )
-                    last = last_tied(
-                        similarities, threshold, reached, is_centre, neighbours,
-                        N, BLOCK_M, BLOCK_N,
-                    )  # fmt: skip
-                    row_scale = tl.zeros((BLOCK_M,), tl.float32) + scale
-                    if MERGE == "average":
-                        own_attention = tl.load(attention_words + own)  # [BM]
-                        total = own_attention + neighbour_weight(
-                            similarities, attention_words, threshold, last, N, BLOCK_M, BLOCK_N
-                        )
-                        is_weightless = total == 0
-                        row_scale = tl.where(is_weightless, 0.0, 1.0 / total)
-                        own_share = tl.where(is_weightless, 1.0, own_attention * row_scale)
-                        own_weight = tl.where(is_centre, own_share, 0.0)
-                        row_unscale = tl.where(is_centre, 1.0, supplement_unscale)
-                    store_weights(
-                        weights, similarities, attention_words, left, threshold, last, row_scale,
-                        is_centre, is_supplement, supplement_scale, N, BLOCK_M, BLOCK_N,
-                    )  # fmt: skip
-                tl.debug_barrier()
-                own_rows = patches + own.to(tl.int64) * STRIDE_YN  # [BM]
-                for start in range(0, C, BLOCK_OUT):
-                    channels = start + tl.arange(0, BLOCK_OUT)  # [BO]
-                    sums = weighted_rows(
-                        weights, patches, start,
-                        STRIDE_YN, STRIDE_YC, N, C, BLOCK_M, BLOCK_N, BLOCK_OUT, PRECISION,
-                    )  # fmt: skip
-                    inside = (channels < C)[None, :]
-                    own_ptrs = own_rows[:, None] + channels[None, :] * STRIDE_YC
-                    kept_rows = tl.load(own_ptrs, mask=inside & is_centre[:, None], other=0.0)
-                    kept_rows = kept_rows.to(tl.float32) * own_weight[:, None]  # [BM, BO]
-                    sums *= row_unscale[:, None]
-                    if MERGE == "none":
-                        merged = tl.where(is_centre[:, None], kept_rows, sums)
-                    else:
-                        merged = kept_rows + sums
-                    merged = tl.where((rows < length)[:, None], merged, 0.0)
-                    tl.store(
-                        out_rows + channels[None, :],
-                        merged.to(tokens.dtype.element_ty),
-                        mask=inside & (rows < capacity)[:, None],
-                    )
-                # The next tile writes the scratch that slower warps may still be reading.
-                tl.debug_barrier()
+    # ---- steps 3 and 4: one tile of output rows after the other
+    image_tokens = tokens + image * capacity * C
+    for first in range(split * BLOCK_M, capacity, splits * BLOCK_M):
+        rows = first + tl.arange(0, BLOCK_M)  # [BM]
+        out_rows = image_tokens + rows.to(tl.int64)[:, None] * C
+        if first < length:
+            is_centre = rows < count
+            own = tl.load(centres + rows, mask=is_centre, other=0)  # [BM]
+            is_supplement = (rows == count) & SUPPLEMENT
+            own_weight = tl.where(is_centre, 1.0, 0.0)
+            row_unscale = tl.where(is_centre, unscale, supplement_unscale)
+            if MERGE == "none":
+                store_supplement_weights(
+                    weights, left, is_supplement, supplement_scale, N, BLOCK_M, BLOCK_N
+                )
             else:
-                for start in range(0, C, BLOCK_OUT):
-                    channels = start + tl.arange(0, BLOCK_OUT)  # [BO]
-                    tl.store(
-                        out_rows + channels[None, :],
-                        tl.zeros((BLOCK_M, BLOCK_OUT), tokens.dtype.element_ty),
-                        mask=(channels < C)[None, :] & (rows < capacity)[:, None],
+                store_similarities(
+                    own, patch_keys, inverse_norms, similarities, guesses,
+                    STRIDE_KN, STRIDE_KC, N, C, BLOCK_M, BLOCK_N, BLOCK_C, PRECISION,
+                )  # fmt: skip
+                tl.debug_barrier()
+                threshold, reached = kth_largest(
+                    similarities, guesses, is_centre, neighbours, N, BLOCK_M, BLOCK_N
+                )
+                last = last_tied(
+                    similarities, threshold, reached, is_centre, neighbours,
+                    N, BLOCK_M, BLOCK_N,
+                )  # fmt: skip
+                row_scale = tl.zeros((BLOCK_M,), tl.float32) + scale
+                if MERGE == "average":
+                    own_attention = tl.load(attention_words + own)  # [BM]
+                    total = own_attention + neighbour_weight(
+                        similarities, attention_words, threshold, last, N, BLOCK_M, BLOCK_N
                     )
-        tl.debug_barrier()
+                    is_weightless = total == 0
+                    row_scale = tl.where(is_weightless, 0.0, 1.0 / total)
+                    own_share = tl.where(is_weightless, 1.0, own_attention * row_scale)
+                    own_weight = tl.where(is_centre, own_share, 0.0)
+                    row_unscale = tl.where(is_centre, 1.0, supplement_unscale)
+                store_weights(
+                    weights, similarities, attention_words, left, threshold, last, row_scale,
+                    is_centre, is_supplement, supplement_scale, N, BLOCK_M, BLOCK_N,
+                )  # fmt: skip
+            tl.debug_barrier()
+            own_rows = patches + own.to(tl.int64) * STRIDE_YN  # [BM]
+            for start in range(0, C, BLOCK_OUT):
+                channels = start + tl.arange(0, BLOCK_OUT)  # [BO]
+                sums = weighted_rows(
+                    weights, patches, start,
+                    STRIDE_YN, STRIDE_YC, N, C, BLOCK_M, BLOCK_N, BLOCK_OUT, PRECISION,
+                )  # fmt: skip
+                inside = (channels < C)[None, :]
+                own_ptrs = own_rows[:, None] + channels[None, :] * STRIDE_YC
+                kept_rows = tl.load(own_ptrs, mask=inside & is_centre[:, None], other=0.0)
+                kept_rows = kept_rows.to(tl.float32) * own_weight[:, None]  # [BM, BO]
+                sums *= row_unscale[:, None]
+                if MERGE == "none":
+                    merged = tl.where(is_centre[:, None], kept_rows, sums)
+                else:
+                    merged = kept_rows + sums
+                merged = tl.where((rows < length)[:, None], merged, 0.0)
+                tl.store(
+                    out_rows + channels[None, :],
+                    merged.to(tokens.dtype.element_ty),
+                    mask=inside & (rows < capacity)[:, None],
+                )
+            # The next tile writes the scratch that slower warps may still be reading.
+            tl.debug_barrier()
+        else:
+            for start in range(0, C, BLOCK_OUT):
+                channels = start + tl.arange(0, BLOCK_OUT)  # [BO]
+                tl.store(
+                    out_rows + channels[None, :],
+                    tl.zeros((BLOCK_M, BLOCK_OUT), tokens.dtype.element_ty),
+                    mask=(channels < C)[None, :] & (rows < capacity)[:, None],
+                )
 
 
 def prune_merge(
+    query: Tensor, keys: Tensor, hidden: Tensor, *, launch: LaunchConfig, **options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Reduce the patch tokens of B images, in one launch.
+
+    Args:
+        query: [B, C], float16, bfloat16 or float32; any strides, as of the other two.
+        keys: [B, 1+N, C].
+        hidden: [B, 1+N, C].
+        launch: How to cut the work.
+        options: See `launch_arguments`.
+
+    Returns:
+        Tokens [B, capacity, C] with zeros past an image's length, lengths [B] int32, kept
+        [B, capacity] int32, attention [B, N] float32.
+    """
+    outputs, positional, named = launch_arguments(query, keys, hidden, launch=launch, **options)
+    batch = keys.shape[0]
+    if batch > 0:
+        with torch.cuda.device_of(keys):
+            prune_merge_kernel[(batch, launch.splits)](*positional, **named)
+    return outputs
+
+
+def launch_arguments(
     query: Tensor,
     keys: Tensor,
     hidden: Tensor,
@@ -224,11 +248,11 @@ def prune_merge(
     supplement: bool,
     raster: bool,
     launch: LaunchConfig,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Reduce the patch tokens of B images, in one launch.
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], tuple[Any, ...], dict[str, Any]]:
+    """The outputs, not yet filled, and all that the kernel takes.
 
     Args:
-        query: [B, C], float16, bfloat16 or float32; any strides, as of the other two.
+        query: [B, C].
         keys: [B, 1+N, C].
         hidden: [B, 1+N, C].
         budget: Centres an image; `None`: its outliers.
@@ -239,10 +263,6 @@ def prune_merge(
         supplement: Whether a last row sums what is left.
         raster: Centres by index, not by attention.
         launch: How to cut the work.
-
-    Returns:
-        Tokens [B, capacity, C] with zeros past an image's length, lengths [B] int32, kept
-        [B, capacity] int32, attention [B, N] float32.
     """
     batch, rows, channels = keys.shape
     num_patches = rows - 1
@@ -251,39 +271,45 @@ def prune_merge(
     lengths = hidden.new_empty(batch, dtype=torch.int32)
     kept = hidden.new_empty(batch, capacity, dtype=torch.int32)
     attention = hidden.new_empty(batch, num_patches, dtype=torch.float32)
-    if batch == 0:
-        return tokens, lengths, kept, attention
 
-    programs = launch.programs(batch)
     scratch_words = launch.scratch_words(num_patches)
-    scratch = hidden.new_empty(programs * launch.splits, scratch_words, dtype=torch.float32)
-    q1_rank, q1_weight = _percentile(0.25, num_patches)
-    q3_rank, q3_weight = _percentile(0.75, num_patches)
+    scratch = hidden.new_empty(batch * launch.splits, scratch_words, dtype=torch.float32)
     num_spatial = budget // 2 if plus and budget is not None else 0
-    num_attended = 1 if budget is None else budget - num_spatial
-    if min(neighbours, num_patches - 1) == 0:
-        merge = "none"
-    with torch.cuda.device_of(keys):
-        prune_merge_kernel[(programs, launch.splits)](
-            query, keys, hidden,
-            *query.stride(), keys.stride(0), hidden.stride(0),
-            *keys.stride()[1:], *hidden.stride()[1:],
-            tokens, lengths, kept, attention,
-            scratch,
-            batch, capacity,
-            1 / math.sqrt(channels), q1_rank, q1_weight, q3_rank, q3_weight, fence,
-            num_attended, num_spatial, min(neighbours, num_patches - 1),
-            N=num_patches, C=channels,
-            HAS_BUDGET=budget is not None, PLUS=plus, RASTER=raster,
-            MERGE=merge, SUPPLEMENT=supplement,
-            N_PAD=launch.vector(num_patches), C_PAD=launch.vector(channels),
-            BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_C=launch.block_c,
-            BLOCK_SCORE=launch.block_score, BLOCK_OUT=launch.block_out,
-            PRECISION=launch.precision, TENSOR_CORES=keys.dtype != torch.float32,
-            SCRATCH_WORDS=scratch_words,
-            num_warps=launch.num_warps, num_stages=launch.num_stages,
-        )  # fmt: skip
-    return tokens, lengths, kept, attention
+    num_attended = 0 if budget is None else budget - num_spatial
+    neighbours = min(neighbours, num_patches - 1)
+    positional = (
+        query, keys, hidden,
+        *query.stride(), keys.stride(0), hidden.stride(0),
+        *keys.stride()[1:], *hidden.stride()[1:],
+        tokens, lengths, kept, attention,
+        scratch,
+        capacity,
+        1 / math.sqrt(channels),
+        *_percentile(0.25, num_patches), *_percentile(0.75, num_patches), fence,
+        num_attended, num_spatial, neighbours,
+    )  # fmt: skip
+    named = {
+        "N": num_patches,
+        "C": channels,
+        "HAS_BUDGET": budget is not None,
+        "PLUS": plus,
+        "RASTER": raster,
+        "MERGE": merge if neighbours > 0 else "none",
+        "SUPPLEMENT": supplement,
+        "N_PAD": launch.vector(num_patches),
+        "C_PAD": launch.vector(channels),
+        "BLOCK_M": launch.block_m,
+        "BLOCK_N": launch.block_n,
+        "BLOCK_C": launch.block_c,
+        "BLOCK_SCORE": launch.block_score,
+        "BLOCK_OUT": launch.block_out,
+        "PRECISION": launch.precision,
+        "TENSOR_CORES": keys.dtype != torch.float32,
+        "SCRATCH_WORDS": scratch_words,
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+    }
+    return (tokens, lengths, kept, attention), positional, named
 
 
 def _percentile(share: float, count: int) -> tuple[int, float]:

@@ -1,0 +1,80 @@
+"""Inputs for the kernel's tests, and what its results are held against."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prumerge_fast.config import PruMergeConfig
+from prumerge_fast.dispatch import prune_merge
+from prumerge_fast.output import MergedTokens
+
+# Largest error relative to the largest value of the tokens.
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 2e-5}
+ATTENTION_TOLERANCE = 2e-6
+
+CONFIGS = {
+    "default": PruMergeConfig(neighbours=8),
+    "plus": PruMergeConfig(variant="prumerge+", neighbours=5, fence=0.5),
+    "budget-average": PruMergeConfig(keep=7, neighbours=6, merge="average", order="raster"),
+    "plus-budget": PruMergeConfig(variant="prumerge+", keep=9, neighbours=1, supplement=False),
+    "none": PruMergeConfig(merge="none", fence=0.25),
+    "everything": PruMergeConfig(keep=1.0, neighbours=1000, merge="average"),
+}
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+
+
+def random_inputs(
+    batch: int, num_patches: int, channels: int, dtype: torch.dtype, seed: int = 0
+) -> Inputs:
+    """Query [B, C], keys and hidden [B, 1+N, C] with some outliers of attention."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    query = 2 * normal(batch, channels)
+    keys = normal(batch, 1 + num_patches, channels)
+    keys[:, 1::7] += 0.5 * query[:, None]
+    hidden = normal(batch, 1 + num_patches, channels)
+    return query.to(dtype), keys.to(dtype), hidden.to(dtype)
+
+
+def golden(name: str) -> tuple[Inputs, dict[str, np.ndarray]]:
+    """A batch of one golden image, and the authors' results for it."""
+    with np.load(Path(__file__).parent / "golden" / f"{name}.npz") as file:
+        arrays = dict(file)
+    query, keys, hidden = (
+        torch.from_numpy(arrays[key])[None] for key in ("q_cls", "keys", "hidden")
+    )
+    return (query, keys, hidden), arrays
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the largest expected value."""
+    difference = (found.double() - expected.double()).abs().max()
+    return float(difference / expected.double().abs().max().clamp(min=1e-30))
+
+
+def poison_new_memory() -> None:
+    """`torch.empty` gives NaN or the largest integer from now on: what is not written shows."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def assert_like_torch(inputs: Inputs, config: PruMergeConfig, dtype: torch.dtype) -> MergedTokens:
+    """Runs the kernel and holds it against the torch backend in float64."""
+    expected = prune_merge(*(tensor.double() for tensor in inputs), config, backend="torch")
+    found = prune_merge(*inputs, config, backend="triton")
+    assert torch.equal(found.lengths, expected.lengths)
+    assert torch.equal(found.kept, expected.kept)
+    assert found.tokens.dtype == dtype
+    assert (found.attention - expected.attention).abs().max() < ATTENTION_TOLERANCE
+    assert relative_error(found.tokens, expected.tokens) < TOLERANCE[dtype]
+    for tokens, length in zip(found.tokens, found.lengths.tolist(), strict=True):
+        assert not tokens[length:].any()
+    return found

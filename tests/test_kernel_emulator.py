@@ -1,0 +1,173 @@
+"""The compiled kernel against the torch backend, run by the emulator: real layouts, rounding to
+bfloat16, every access in bounds, no data race, whatever the order of programs and warps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import ptxemu
+import pytest
+import torch
+from kernel_cases import (
+    CONFIGS,
+    TOLERANCE,
+    assert_like_torch,
+    golden,
+    poison_new_memory,
+    random_inputs,
+    relative_error,
+)
+
+from prumerge_fast.config import PruMergeConfig
+from prumerge_fast.dispatch import prune_merge
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture
+def emulator() -> Iterator[ptxemu.Emulator]:
+    poison_new_memory()
+    with ptxemu.install(80, schedule="interleave", check_races="raise") as installed:
+        yield installed
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_option(emulator: ptxemu.Emulator, name: str, dtype: torch.dtype) -> None:
+    assert_like_torch(random_inputs(2, 20, 40, dtype), CONFIGS[name], dtype)
+    assert emulator.last is not None
+    assert emulator.last.races == []
+
+
+@pytest.mark.parametrize("capability", [80, 89, 120])
+@pytest.mark.parametrize("schedule", ["interleave", "shuffle"])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.slow
+def test_every_schedule(
+    emulator: ptxemu.Emulator, capability: int, schedule: str, seed: int, dtype: torch.dtype
+) -> None:
+    emulator.capability, emulator.schedule, emulator.seed = capability, schedule, seed
+    inputs = random_inputs(3, 70, 72, dtype, seed)
+    for config in (CONFIGS["default"], CONFIGS["plus"]):
+        assert_like_torch(inputs, config, dtype)
+
+
+@pytest.mark.parametrize(
+    ("num_patches", "channels"), [(1, 64), (2, 16), (16, 65), (49, 64), (65, 24)]
+)
+def test_odd_shapes(emulator: ptxemu.Emulator, num_patches: int, channels: int) -> None:
+    emulator.schedule = "shuffle"
+    inputs = random_inputs(1, num_patches, channels, torch.float16)
+    assert_like_torch(inputs, CONFIGS["default"], torch.float16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("num_patches", "channels"), [(256, 768), (729, 1152), (196, 192), (1024, 1664), (576, 1024)]
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_shapes_of_real_towers(
+    emulator: ptxemu.Emulator, num_patches: int, channels: int, dtype: torch.dtype
+) -> None:
+    emulator.schedule, emulator.check_races = "lockstep", False
+    assert_like_torch(
+        random_inputs(1, num_patches, channels, dtype), PruMergeConfig(fence=2.5), dtype
+    )
+
+
+def test_strides(emulator: ptxemu.Emulator) -> None:
+    query, keys, hidden = random_inputs(2, 20, 40, torch.float16)
+    apart = torch.stack((query, query), 2)[:, :, 0]  # [B, C], every second element
+    transposed = keys.transpose(1, 2).contiguous().transpose(1, 2)
+    sliced = torch.cat((hidden, hidden), 2)[:, :, :40]
+    inputs = (apart, transposed, sliced)
+    assert not any(tensor.is_contiguous() for tensor in inputs)
+    assert_like_torch(inputs, CONFIGS["default"], torch.float16)
+
+
+def test_no_images(emulator: ptxemu.Emulator) -> None:
+    merged = prune_merge(*random_inputs(0, 20, 40, torch.float16), backend="triton")
+    assert merged.tokens.shape[0] == merged.kept.shape[0] == 0
+
+
+def test_lengths_differ_within_a_batch(emulator: ptxemu.Emulator) -> None:
+    query, keys, hidden = random_inputs(3, 40, 32, torch.float16)
+    query[1] = 0  # all attention equal: no outlier
+    query[2] *= 4
+    found = assert_like_torch((query, keys, hidden), CONFIGS["default"], torch.float16)
+    assert len(set(found.lengths.tolist())) == 3
+    assert found.lengths[1] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_ties_go_to_the_lower_index(emulator: ptxemu.Emulator, dtype: torch.dtype) -> None:
+    query, keys, hidden = random_inputs(1, 24, 32, dtype)
+    # Small integers: every product and sum is exact, so equal keys tie exactly.
+    keys = (keys.float() * 2).round().to(dtype)
+    keys[:, 9:17] = keys[:, 1:9]
+    for config in (
+        PruMergeConfig(keep=11, neighbours=5),
+        PruMergeConfig(keep=6, neighbours=3, merge="average"),
+    ):
+        assert_like_torch((query, keys, hidden), config, dtype)
+    keys[:] = keys[:, :1]
+    assert_like_torch((query, keys, hidden), PruMergeConfig(keep=5, neighbours=7), dtype)
+    assert_like_torch((query, torch.zeros_like(keys), hidden), PruMergeConfig(keep=5), dtype)
+
+
+@pytest.mark.parametrize("merge", ["sum", "average"])
+def test_one_token_takes_all_attention(emulator: ptxemu.Emulator, merge: str) -> None:
+    query, keys, hidden = random_inputs(1, 40, 64, torch.float16)
+    keys[:, 5] = (query * 3).half()
+    config = PruMergeConfig(keep=10, neighbours=4, merge=merge)  # type: ignore[arg-type]
+    found = assert_like_torch((query, keys, hidden), config, torch.float16)
+    assert found.attention.max() > 0.99
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["query", "keys", "hidden"])
+def test_values_that_are_not_finite(emulator: ptxemu.Emulator, value: float, where: str) -> None:
+    emulator.schedule, emulator.max_instructions = "lockstep", 3_000_000
+    inputs = dict(
+        zip(("query", "keys", "hidden"), random_inputs(2, 20, 32, torch.float16), strict=True)
+    )
+    inputs[where][0, ..., 3] = value
+    for config in (CONFIGS["default"], CONFIGS["budget-average"], CONFIGS["plus-budget"]):
+        found = prune_merge(**inputs, config=config, backend="triton")
+        expected = prune_merge(
+            **{name: tensor.float() for name, tensor in inputs.items()},
+            config=config,
+            backend="torch",
+        )
+        assert torch.equal(found.kept, expected.kept)
+        assert torch.equal(found.attention.isnan(), expected.attention.isnan())
+        clean = expected.tokens[1]
+        assert relative_error(found.tokens[1], clean) < TOLERANCE[torch.float16]
+
+
+GOLDEN = ["heavy_tailed_0", "photo_chelsea", "photo_china"]
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize(
+    ("config", "suffix"),
+    [
+        (PruMergeConfig(), ""),
+        pytest.param(PruMergeConfig(variant="prumerge+"), "_plus", marks=pytest.mark.slow),
+        pytest.param(PruMergeConfig(keep=72), "_top72", marks=pytest.mark.slow),
+    ],
+    ids=["prumerge", "plus", "top72"],
+)
+def test_golden(emulator: ptxemu.Emulator, name: str, config: PruMergeConfig, suffix: str) -> None:
+    emulator.schedule, emulator.check_races = "lockstep", False
+    inputs, expected = golden(name)
+    merged = prune_merge(*inputs, config, backend="triton")
+    count = int(merged.lengths[0]) - 1
+    if suffix != "_top72":
+        assert merged.kept[0, :count].tolist() == expected[f"kept{suffix}"].tolist()
+    assert abs(merged.attention[0].numpy() - expected["attention"]).max() < 1e-6
+    tokens = torch.from_numpy(expected[f"tokens{suffix}"])
+    assert merged.tokens.shape[1] == len(tokens)
+    assert relative_error(merged.tokens[0], tokens) < TOLERANCE[torch.float16]
