@@ -1,0 +1,121 @@
+"""Writes the tables of README.md and of the demo's model card from the committed result files.
+
+    python bench/update_docs.py           # after new results
+    python bench/update_docs.py --check   # exit code 1 if a table is stale
+
+A table stands between `<!-- results:NAME -->` and `<!-- /results:NAME -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+DOCUMENTS = (ROOT / "README.md", ROOT / "prumerge_fast" / "demo" / "tiny-llava" / "README.md")
+
+
+def comparison() -> str:
+    """What `prumerge-fast compare --json` measured: a column for each policy."""
+    run = _read("demo-compare.json")
+    policies = run["results"]
+
+    def row(title: str, cell: Callable[[dict[str, Any]], str]) -> str:
+        return f"| {title} | " + " | ".join(cell(policy) for policy in policies.values()) + " |"
+
+    def milliseconds(stage: str) -> Callable[[dict[str, Any]], str]:
+        def cell(policy: dict[str, Any]) -> str:
+            value = policy["milliseconds"][stage]
+            return "–" if value is None else f"{value:.1f} ms"
+
+        return cell
+
+    plain = next(iter(policies.values()))
+    lines = [
+        "| | " + " | ".join(policies) + " |",
+        "|---|" + "---:|" * len(policies),
+        row("visual tokens (mean)", lambda p: f"{p['visual_tokens']['mean']:.1f}"),
+        row("vision tower", milliseconds("vision")),
+        row("prune + merge", milliseconds("prune_merge")),
+        row("prefill", milliseconds("prefill")),
+        row("decode", milliseconds("decode")),
+        row("whole answer", milliseconds("total")),
+        row("KV cache", lambda p: f"{p['kv_cache_bytes'] / 1024:.0f} KiB"),
+        row("**accuracy**", lambda p: f"**{p['accuracy']:.1%}**"),
+        *(
+            row(f"– {kind}", lambda p, kind=kind: f"{p['accuracy_by_category'][kind]:.1%}")
+            for kind in plain["accuracy_by_category"]
+        ),
+        row("same answer as LLaVA", lambda p: f"{p['agreement']:.1%}"),
+        "",
+        f"{run['questions']} questions on scenes never trained on; medians per question. "
+        + _provenance(run, "demo-compare.json"),
+    ]
+    return "\n".join(lines)
+
+
+def speed() -> str:
+    """The torch backend against the reference loop, and the patched vision path."""
+    run = _read("cpu-speed.json")
+    lines = [
+        "| | baseline | prumerge_fast | ratio of medians |",
+        "|---|---:|---:|---:|",
+        *(
+            f"| {row['title']} | {row['baseline_ms']:.1f} ms | {row['ours_ms']:.1f} ms "
+            f"| {row['ratio']:.2f}x |"
+            for row in run["rows"]
+        ),
+        "",
+        _provenance(run, "cpu-speed.json"),
+    ]
+    return "\n".join(lines)
+
+
+def _read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text())
+
+
+def _provenance(run: dict[str, Any], name: str) -> str:
+    versions, machine = run["versions"], run["machine"]
+    return (
+        f"`{' '.join(run['command'])}` on {machine['device']} ({machine['cpus']} cores, "
+        f"{machine['processor']}), torch {versions['torch']}, transformers "
+        f"{versions['transformers']}, {run['date'][:10]}; "
+        f"all figures: `bench/results/{name}`."
+    )
+
+
+TABLES = {"comparison": comparison, "speed": speed}
+
+
+def updated(text: str) -> str:
+    """A document with every table written anew."""
+
+    def replace(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}"
+
+    pattern = r"(<!-- results:(\w+) -->).*?(<!-- /results:\2 -->)"
+    return re.sub(pattern, replace, text, flags=re.DOTALL)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, only compare")
+    check = parser.parse_args().check
+    stale = [path for path in DOCUMENTS if updated(path.read_text()) != path.read_text()]
+    for path in stale:
+        if check:
+            print(f"{path.relative_to(ROOT)}: stale, run python bench/update_docs.py")
+        else:
+            path.write_text(updated(path.read_text()))
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
