@@ -111,7 +111,6 @@ def prune_merge(
     elif not isinstance(config, PruMergeConfig):
         raise TypeError(f"config: expected a PruMergeConfig or None, got {type(config).__name__}")
     _check_tensors(query, keys, hidden)
-    config.budget(keys.shape[1] - 1)  # raises when `keep` does not fit
     implementation = _IMPLEMENTATIONS[resolve_backend(backend, keys.device).name]
     if query.ndim == 3:
         query = query[:, 0]  # [B, C]

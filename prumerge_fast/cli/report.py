@@ -11,6 +11,7 @@ import statistics
 import string
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -97,10 +98,9 @@ def _median_ms(times: Sequence[StageTimes], stage: str) -> float | None:
     return None if None in seconds else 1000 * statistics.median(seconds)
 
 
-def comparison_table(title: str, results: dict[str, dict[str, Any]]) -> Table:
+def comparison_table(results: dict[str, dict[str, Any]]) -> Table:
     """A table with one column for each policy, from `summarise`'s rows by policy name."""
-    caption = "Times: median per question. Prefill includes the projector."
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    table = Table()
     table.add_column("")
     for policy in results:
         table.add_column(policy, justify="right")
@@ -137,7 +137,8 @@ def answers_table(answers: dict[str, list[Answer]]) -> Table:
     for heading in ("image", "question", *answers):
         table.add_column(heading, overflow="fold")
     for said in zip(*answers.values(), strict=True):
-        table.add_row(said[0].item.image, said[0].item.text, *(answer.text for answer in said))
+        item = said[0].item
+        table.add_row(Path(item.image).name, item.text, *(answer.text for answer in said))
     return table
 
 
@@ -174,8 +175,8 @@ def print_json(result: Any) -> None:
 
 
 def console() -> Console:
-    """Standard output, for tables."""
-    return Console()
+    """Standard output, for tables; brackets and colons in answers are no markup."""
+    return Console(markup=False, emoji=False, highlight=False)
 
 
 def messages() -> Console:

@@ -128,7 +128,7 @@ def draw(
     grid = _Grid(image, round(len(attention) ** 0.5))
     most = max((len(near) for near in links.values()), default=0)
     panels = {
-        "class attention": _draw_attention(grid, attention),
+        f"class attention, at most {attention.max():.1%}": _draw_attention(grid, attention),
         f"{len(centres)} of {len(attention)} patches kept, in order": _draw_centres(grid, centres),
         f"{len(links)} strongest centres, {most} neighbours each": _draw_links(
             grid, centres, links

@@ -65,7 +65,7 @@ class TrainConfig:
 
     tower: Stage = field(default_factory=lambda: Stage(3200, 32, 1e-3))
     align: Stage = field(default_factory=lambda: Stage(400, 24, 1e-3))
-    instruct: Stage = field(default_factory=lambda: Stage(3600, 24, 1e-3))
+    instruct: Stage = field(default_factory=lambda: Stage(2600, 24, 1e-3))
     turns: int = 10  # questions asked about each scene in stage 3
     seed: int = 0
     save_every: int = 200
