@@ -1,16 +1,10 @@
 """Vectorised `prune_merge` against the reference loop, at CLIP ViT-L/14-336's shape.
 
-    pytest bench/bench_prune_merge.py --benchmark-json=bench/results/prune_merge.json
-
-The benchmark's own figures are the torch backend's. Before every timed round one round of the
-reference loop runs and is timed too, so that whatever else the machine does hits both;
-`extra_info` holds the reference's times and the ratios of neighbouring rounds.
+pytest bench/bench_prune_merge.py --benchmark-json=bench/results/prune-merge-cpu.json
 """
 
 from __future__ import annotations
 
-import statistics
-import time
 from pathlib import Path
 
 import numpy as np
@@ -47,33 +41,14 @@ def features(batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 @pytest.mark.parametrize("batch", [1, 8, 32])
 @torch.inference_mode()
-def test_torch_against_reference(benchmark, batch, config, dtype):
+def test_torch_against_reference(against, batch, config, dtype):
     inputs = features(batch, dtype)
-    reference_seconds = []
-
-    def time_reference() -> None:
-        start = time.perf_counter()
-        prune_merge(*inputs, config, backend="reference")
-        reference_seconds.append(time.perf_counter() - start)
-
-    merged = benchmark.pedantic(
+    centres = prune_merge(*inputs, config).lengths.float().mean().item() - 1
+    against(
+        lambda: prune_merge(*inputs, config, backend="reference"),
         lambda: prune_merge(*inputs, config, backend="torch"),
-        setup=time_reference,
         rounds=max(7, 30 // batch),
-        warmup_rounds=2,
-    )
-
-    rounds = benchmark.stats.stats.data
-    reference_seconds = reference_seconds[-len(rounds) :]  # without the warm-up's
-    ratios = [slow / fast for slow, fast in zip(reference_seconds, rounds, strict=True)]
-    benchmark.extra_info.update(
         batch=batch,
         dtype=str(dtype),
-        centres_per_image=(merged.lengths.float().mean() - 1).item(),
-        torch_median_ms_per_image=1e3 * statistics.median(rounds) / batch,
-        reference_median_ms_per_image=1e3 * statistics.median(reference_seconds) / batch,
-        speedup_median=statistics.median(ratios),
-        speedup_quartiles=statistics.quantiles(ratios, n=4)[::2],
-        torch_version=torch.__version__,
-        threads=torch.get_num_threads(),
+        centres_per_image=centres,
     )

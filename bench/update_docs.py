@@ -61,18 +61,34 @@ def comparison() -> str:
 
 
 def speed() -> str:
-    """The torch backend against the reference loop, and the patched vision path."""
-    run = _read("cpu-speed.json")
+    """What the pytest-benchmark files of `bench/` hold: ratios to a baseline run in turn."""
     lines = [
-        "| | baseline | prumerge_fast | ratio of medians |",
+        "| at CLIP ViT-L/14-336's shape | baseline | prumerge_fast | ratio (quartiles) |",
         "|---|---:|---:|---:|",
-        *(
-            f"| {row['title']} | {row['baseline_ms']:.1f} ms | {row['ours_ms']:.1f} ms "
-            f"| {row['ratio']:.2f}x |"
-            for row in run["rows"]
-        ),
+    ]
+    for name, title in {
+        "prune-merge-cpu.json": "vectorised `prune_merge` against the reference loop",
+        "vision-cpu.json": "patched vision path against the unpatched one",
+    }.items():
+        run = _read(name)
+        for benchmark in run["benchmarks"]:
+            info = benchmark["extra_info"]
+            low, high = info["ratio_quartiles"]
+            case = benchmark["param"].replace("-", ", ") if benchmark["param"] else ""
+            if "batch" in info:
+                case = f"{case.split(', ', 1)[1]}, B = {info['batch']}"
+            lines.append(
+                f"| {title}, {case} | {info['baseline_median_ms']:.1f} ms "
+                f"| {info['median_ms']:.1f} ms "
+                f"| **{info['ratio_median']:.2f}** ({low:.2f}–{high:.2f}) |"
+            )
+    cpu = run["machine_info"]["cpu"]
+    lines += [
         "",
-        _provenance(run, "cpu-speed.json"),
+        f"Medians of rounds run in turn; `pytest bench` on {cpu['brand_raw']}, {info['threads']} "
+        f"threads, torch {info['versions']['torch']}, transformers "
+        f"{info['versions']['transformers']}, {run['datetime'][:10]}; all figures: "
+        "`bench/results/*-cpu.json`.",
     ]
     return "\n".join(lines)
 

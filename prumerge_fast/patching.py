@@ -18,7 +18,7 @@ import torch
 
 from prumerge_fast import forward as forward_pass
 from prumerge_fast import generation
-from prumerge_fast.adapters import adapter_for
+from prumerge_fast.adapters import adapter_for, adapter_for_class
 from prumerge_fast.config import PruMergeConfig
 from prumerge_fast.dispatch import resolve_backend
 from prumerge_fast.errors import UnsupportedModelError
@@ -96,7 +96,7 @@ def patch(
     resolve_backend(backend, instance.device)
     if current is None:
         _check_methods(instance)
-        _change_class(instance, _patched_class(type(instance)))
+        _change_class(instance, _patched_class(instance.__class__))
     instance.prumerge = PruMergeState(config, backend)
     return model
 
@@ -108,7 +108,8 @@ def unpatch(model: Model) -> Model:
         `model`.
 
     Raises:
-        ValueError: The model is not patched, or its `forward` was replaced since.
+        ValueError: The model is not patched.
+        UnsupportedModelError: Its `forward` or `generate` was replaced on the instance since.
     """
     if not is_patched(model):
         raise ValueError(f"model: expected a patched model, got a plain {type(model).__name__}")
@@ -153,29 +154,30 @@ def is_patched(model: object) -> bool:
 @functools.cache
 def _patched_class(base: Any) -> Any:
     """The subclass that patched instances of `base` have. Per class: instances hold the state."""
+    adapter = adapter_for_class(base)
 
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        original = MethodType(base.forward, self)
-        return forward_pass.forward(self, adapter_for(self), original, args, kwargs)
+        original = super(subclass, self).forward
+        return forward_pass.forward(self, adapter, original, args, kwargs)
 
     @functools.wraps(base.generate)
     @torch.no_grad()
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        original = MethodType(base.generate, self)
-        return generation.generate(self, adapter_for(self), original, args, kwargs)
+        original = super(subclass, self).generate
+        return generation.generate(self, adapter, original, args, kwargs)
 
     @functools.wraps(base.get_image_features)
     def get_image_features(self: Any, *args: Any, **kwargs: Any) -> Any:
-        original = MethodType(base.get_image_features, self)
-        return forward_pass.get_image_features(self, adapter_for(self), original, args, kwargs)
+        original = super(subclass, self).get_image_features
+        return forward_pass.get_image_features(self, adapter, original, args, kwargs)
 
     def _get_logits_processor(self: Any, **kwargs: Any) -> Any:
-        original = MethodType(base._get_logits_processor, self)
+        original = super(subclass, self)._get_logits_processor
         return generation.logits_processors(original, **kwargs)
 
     def _get_stopping_criteria(self: Any, **kwargs: Any) -> Any:
-        original = MethodType(base._get_stopping_criteria, self)
+        original = super(subclass, self)._get_stopping_criteria
         return generation.stopping_criteria(original, **kwargs)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:

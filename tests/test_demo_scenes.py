@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from prumerge_fast.demo.scenes import COLOURS, KINDS, SHAPES, benchmark, make_scene
+from prumerge_fast.demo.scenes import COLOURS, KINDS, PLACE, SHAPES, benchmark, make_scene
 
 SCENES = [make_scene("validation", index) for index in range(300)]
 QUESTIONS = [
@@ -57,6 +57,19 @@ def _answer(scene, text):
 def test_answers_are_right():
     wrong = [(s.index, q) for s, q in QUESTIONS if _answer(s, q.text) != q.answer]
     assert wrong == []
+
+
+def test_places_are_right():
+    found = collections.Counter()
+    for scene in SCENES:
+        question = scene.question(PLACE)
+        if question is not None:
+            item = _the(scene, re.search(r"is the (\w+ \w+)\?", question.text)[1])
+            rows, columns = ("top", "centre", "bottom"), ("left", "middle", "right")
+            assert question.answer == f"{rows[int(item.y * 3)]} {columns[int(item.x * 3)]}"
+            found[question.answer] += 1
+    assert len(found) == 9
+    assert PLACE not in {question.kind for _, question in QUESTIONS}
 
 
 def test_answers_are_balanced():

@@ -243,9 +243,11 @@ def test_max_length_counts_the_callers_prompt(
     model.generation_config.max_length = LENGTH + 5
     assert model.generate(**INPUTS).shape == (4, LENGTH + 5)
     assert model.generate(**INPUTS, max_new_tokens=2).shape == (4, LENGTH + 2)
+    model.generation_config.max_length = 5  # shorter than the prompt, but not what counts
+    assert model.generate(**INPUTS, max_new_tokens=2).shape == (4, LENGTH + 2)
     model.generation_config.max_new_tokens = 1
     assert model.generate(**INPUTS).shape == (4, LENGTH + 1)
-    assert model.generation_config.max_length == LENGTH + 5
+    assert model.generation_config.max_length == 5
 
 
 @pytest.mark.parametrize("limit", [LENGTH, 5])
@@ -550,9 +552,10 @@ def test_decoding_loop_of_the_caller(model: LlavaForConditionalGeneration) -> No
     assert torch.equal(model.generate(**INPUTS, max_new_tokens=4, custom_generate=loop), expected)
 
 
-def test_needs_no_gradients(model: LlavaForConditionalGeneration) -> None:
-    output = model.generate(
-        **INPUTS, max_new_tokens=2, return_dict_in_generate=True, output_logits=True
+def test_keeps_no_gradients(model: LlavaForConditionalGeneration) -> None:
+    tracked = []
+    model.model.multi_modal_projector.register_forward_hook(
+        lambda _module, _args, output: tracked.append(output.requires_grad)
     )
-    assert not output.logits[0].requires_grad
-    assert model.prumerge.last_lengths is not None
+    model.generate(**INPUTS, max_new_tokens=2)
+    assert tracked == [False]

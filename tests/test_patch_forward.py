@@ -52,10 +52,13 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("side", ["left", "right", "unpadded"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("attention", "dtype"),
+    [("sdpa", torch.float32), ("eager", torch.float32), ("sdpa", torch.bfloat16)],
+)
 @torch.no_grad()
-def test_keeping_everything_changes_nothing(side: str, attention: str) -> None:
-    model = tiny_llava(attention=attention)
+def test_keeping_everything_changes_nothing(side: str, attention: str, dtype: torch.dtype) -> None:
+    model = tiny_llava(attention=attention).to(dtype)
     if side == "unpadded":
         inputs = {"input_ids": torch.tensor([PROMPTS[0], prompt("image", [3] * 12)])}
         inputs["pixel_values"] = PIXELS[:2]
@@ -356,6 +359,9 @@ def test_compiled() -> None:
     inputs = {**batch(PROMPTS), "pixel_values": PIXELS}
     expected = model(**inputs).logits
     close(torch.compile(model, backend="eager")(**inputs).logits, expected)
+    text = {"input_ids": torch.tensor([PROMPTS[3]])}  # and so every step of decoding
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+    close(whole(**text).logits, model(**text).logits)
 
 
 @torch.no_grad()

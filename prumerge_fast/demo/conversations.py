@@ -8,9 +8,16 @@ from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from prumerge_fast.demo import IMAGE_TOKEN, PREFIX, SUFFIX, recipe
-from prumerge_fast.demo.scenes import KINDS, Scene
+from prumerge_fast.demo.scenes import PLACE, Scene
 
 IGNORE = -100  # a label that counts for nothing
+
+# What is asked about a scene, in turn. Finding an object by colour and shape is the hard part, and
+# "where" teaches it faster than the yes and no of existence and position.
+MIX = (
+    "existence", PLACE, "count", "position", PLACE, "existence",
+    "colour", "position", PLACE, "shape", "count", "existence",
+)  # fmt: skip
 
 Turn = tuple[list[int], list[int]]  # ids and labels
 
@@ -33,12 +40,8 @@ class Conversations:
         return [self._turn(recipe.DESCRIBE, scene.describe())]
 
     def questions(self, scene: Scene) -> list[Turn]:
-        asked = []
-        for turn in range(self.turns):
-            question = scene.question(KINDS[turn % len(KINDS)], variant=1 + turn // len(KINDS))
-            if question is not None:
-                asked.append(self._turn(question.text, question.answer))
-        return asked
+        asked = (scene.question(MIX[t % len(MIX)], variant=1 + t) for t in range(self.turns))
+        return [self._turn(question.text, question.answer) for question in asked if question]
 
     def _turn(self, question: str, answer: str) -> Turn:
         def encode(text: str) -> list[int]:

@@ -34,6 +34,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 RADII = (0.058, 0.078, 0.104)  # small, medium, large: a share of the picture's side
 KINDS = ("existence", "colour", "shape", "count", "position")
+PLACE = "place"  # asked in training only: where an object is, in two words
 SPLITS = ("train", "validation", "test")
 MAX_COUNT = 4
 
@@ -65,7 +66,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Question:
-    """A question of one of `KINDS` with its only right answer (one lower-case word or digit)."""
+    """A question with its only right answer: one lower-case word or digit (`PLACE`: two words)."""
 
     kind: str
     text: str
@@ -96,8 +97,8 @@ class Scene:
 
     def question(self, kind: str, variant: int = 0) -> Question | None:
         """The `variant`-th question of a kind, or None where the scene does not allow that kind."""
-        if kind not in KINDS:
-            raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+        if kind not in _ASK:
+            raise ValueError(f"kind: expected one of {', '.join(_ASK)}, got {kind!r}")
         return _ASK[kind](self, self._rng(f"{kind}-{variant}"))
 
     def questions(self, variant: int = 0) -> list[Question]:
@@ -381,7 +382,7 @@ def _count(scene: Scene, rng: np.random.Generator) -> Question:
 
 def _position(scene: Scene, rng: np.random.Generator) -> Question | None:
     """Yes or no, with equal chances: is one object left of, right of, above or below another?"""
-    unique = [o for o in scene.objects if sum(o.pair == other.pair for other in scene.objects) == 1]
+    unique = _unique(scene)
     relations = [("left of", "x", -1), ("right of", "x", 1), ("above", "y", -1), ("below", "y", 1)]
     candidates = [
         (first, second, relation, sign * (getattr(first, axis) - getattr(second, axis)) > 0)
@@ -403,13 +404,28 @@ def _position(scene: Scene, rng: np.random.Generator) -> Question | None:
     return Question("position", text, "yes" if holds else "no")
 
 
+def _where(scene: Scene, rng: np.random.Generator) -> Question | None:
+    unique = _unique(scene)
+    if not unique:
+        return None
+    item = unique[rng.integers(len(unique))]
+    text = _either(rng, f"Where is the {item.name}?", f"In which part is the {item.name}?")
+    return Question(PLACE, text, _place(item))
+
+
 _ASK = {
     "existence": _existence,
     "colour": _colour,
     "shape": _shape,
     "count": _count,
     "position": _position,
+    PLACE: _where,
 }
+
+
+def _unique(scene: Scene) -> list[SceneObject]:
+    """The objects that "the red circle" can mean."""
+    return [o for o in scene.objects if sum(o.pair == other.pair for other in scene.objects) == 1]
 
 
 def _only(scene: Scene, rng: np.random.Generator, attribute: str) -> SceneObject | None:

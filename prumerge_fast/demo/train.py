@@ -65,8 +65,8 @@ class TrainConfig:
 
     tower: Stage = field(default_factory=lambda: Stage(3200, 32, 1e-3))
     align: Stage = field(default_factory=lambda: Stage(400, 24, 1e-3))
-    instruct: Stage = field(default_factory=lambda: Stage(2600, 24, 1e-3))
-    turns: int = 10  # questions asked about each scene in stage 3
+    instruct: Stage = field(default_factory=lambda: Stage(2800, 24, 1e-3))
+    turns: int = 12  # questions asked about each scene in stage 3
     seed: int = 0
     save_every: int = 200
     workers: int = 1
