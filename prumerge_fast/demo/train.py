@@ -65,7 +65,7 @@ class TrainConfig:
 
     tower: Stage = field(default_factory=lambda: Stage(3200, 32, 1e-3))
     align: Stage = field(default_factory=lambda: Stage(400, 24, 1e-3))
-    instruct: Stage = field(default_factory=lambda: Stage(2800, 24, 1e-3))
+    instruct: Stage = field(default_factory=lambda: Stage(4100, 24, 1e-3))
     turns: int = 12  # questions asked about each scene in stage 3
     seed: int = 0
     save_every: int = 200
@@ -157,7 +157,9 @@ class Run:
     def _language_loss(
         self, turns: Callable[[Scene], list[Turn]], pixels: Tensor, scenes: list[Scene]
     ) -> dict[str, Tensor]:
-        batch = self.conversations.batch([turns(scene) for scene in scenes])
+        batch = self.conversations.batch(
+            [turns(scene) for scene in scenes], [self.conversations.span(scene) for scene in scenes]
+        )
         return {"answers": conversation_loss(self.model, pixels, self.conversations.prefix, batch)}
 
     def save(self, stage: int, step: int, optimizer: torch.optim.Optimizer) -> None:
