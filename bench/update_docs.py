@@ -99,11 +99,11 @@ def _read(name: str) -> dict[str, Any]:
 
 def _provenance(run: dict[str, Any], name: str) -> str:
     versions, machine = run["versions"], run["machine"]
+    where = machine["processor"] if machine["device"] == "cpu" else machine["device"]
     return (
-        f"`{' '.join(run['command'])}` on {machine['device']} ({machine['cpus']} cores, "
-        f"{machine['processor']}), torch {versions['torch']}, transformers "
-        f"{versions['transformers']}, {run['date'][:10]}; "
-        f"all figures: `bench/results/{name}`."
+        f"`{' '.join(run['command'])}` on {where}, {machine['threads']} threads, "
+        f"torch {versions['torch']}, transformers {versions['transformers']}, "
+        f"{run['date'][:10]}; all figures: `bench/results/{name}`."
     )
 
 

@@ -85,6 +85,28 @@ def test_packed_turns_equal_separate_prompts(untrained):
     assert packed.item() == pytest.approx(np.mean(losses), rel=1e-4)
 
 
+def test_spans_move_only_positions(untrained):
+    _, tokenizer, *_ = untrained
+    conversations = Conversations(tokenizer, turns=3)
+    turns = [conversations.questions(make_scene("train", 4))]
+    ids, labels, positions, mask = conversations.batch(turns)
+    short_ids, short_labels, short, short_mask = conversations.batch(turns, spans=[49])
+    assert torch.equal(ids, short_ids)
+    assert torch.equal(labels, short_labels)
+    assert torch.equal(mask, short_mask)
+    before, image = (
+        len(conversations.prefix),
+        slice(len(conversations.prefix), conversations.offset),
+    )
+    assert short[0, image].tolist() == [before + i * 49 // 196 for i in range(196)]
+    assert (positions - short)[0, conversations.offset :].unique().tolist() == [196 - 49]
+    spans = [conversations.span(make_scene("train", index)) for index in range(200)]
+    assert min(spans) < 40
+    assert max(spans) > 230
+    assert 0.15 < spans.count(196) / 200 < 0.4
+    assert spans[7] == conversations.span(make_scene("train", 7))
+
+
 def test_only_answers_are_learnt(untrained):
     _, tokenizer, *_ = untrained
     conversations = Conversations(tokenizer, turns=5)

@@ -160,13 +160,23 @@ def provenance(command: list[str], device: torch.device) -> dict[str, Any]:
         "versions": versions(),
         "machine": {
             "platform": platform.platform(),
-            "processor": platform.machine(),
+            "processor": _processor(),
             "cpus": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         },
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _processor() -> str:
+    """The processor's name, where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()} ({platform.machine()})"
+    return platform.processor() or platform.machine()
 
 
 def print_json(result: Any) -> None:
