@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,12 +13,13 @@ from prumerge_fast.demo.scenes import PLACE, Scene
 
 IGNORE = -100  # a label that counts for nothing
 
-# What is asked about a scene, in turn. Finding an object by colour and shape is the hard part, and
-# "where" teaches it faster than the yes and no of existence and position.
+# What is asked about a scene, in turn, behind its description. Finding an object by colour and
+# shape is the hard part; descriptions and "where" teach it faster than yes and no.
 MIX = (
-    "existence", PLACE, "count", "position", PLACE, "existence",
-    "colour", "position", PLACE, "shape", "count", "existence",
+    "position", "count", PLACE, "existence", "position",
+    "colour", "position", "shape", "count", "position",
 )  # fmt: skip
+DROPPED = 0.1  # share of the visual tokens that are scaled down in training
 
 Turn = tuple[list[int], list[int]]  # ids and labels
 
@@ -38,6 +40,9 @@ class Conversations:
 
     def description(self, scene: Scene) -> list[Turn]:
         return [self._turn(recipe.DESCRIBE, scene.describe())]
+
+    def instructions(self, scene: Scene) -> list[Turn]:
+        return self.description(scene) + self.questions(scene)
 
     def questions(self, scene: Scene) -> list[Turn]:
         asked = (scene.question(MIX[t % len(MIX)], variant=1 + t) for t in range(self.turns))
@@ -96,17 +101,42 @@ class Conversations:
         return ids, labels, positions, mask[:, None]
 
 
+def token_scales(scenes: list[Scene]) -> Tensor:
+    """Factors [B, N, 1] that scale a tenth of the visual tokens down: dropout of whole tokens.
+
+    The language model's normalisation blows up what a token of small norm says. Unless it has
+    learnt to leave such tokens alone, one of them can drown all others.
+    """
+    scales = np.ones((len(scenes), recipe.GRID**2, 1), np.float32)
+    for b, scene in enumerate(scenes):
+        rng = scene.stream("dropout")
+        dropped = rng.random(scales.shape[1]) < DROPPED
+        scales[b, dropped, 0] = rng.random(dropped.sum())
+    return torch.from_numpy(scales)
+
+
 def conversation_loss(
     model: LlavaForConditionalGeneration,
     pixels: Tensor,
     prefix: list[int],
     batch: tuple[Tensor, ...],
+    scales: Tensor | None = None,
 ) -> Tensor:
-    """Cross-entropy of the answers' tokens; `batch` is what `Conversations.batch` returns."""
+    """Cross-entropy of the answers' tokens.
+
+    Args:
+        model: The model; its tower is not trained.
+        pixels: [B, 3, H, W].
+        prefix: Token ids before the image.
+        batch: What `Conversations.batch` returns.
+        scales: What `token_scales` returns, [B, N, 1].
+    """
     ids, labels, positions, mask = batch
     with torch.no_grad():
         tower = model.model.vision_tower(pixels, output_hidden_states=True)
         features = tower.hidden_states[recipe.FEATURE_LAYER][:, 1:]  # [B, N, C]
+        if scales is not None:
+            features = features * scales.to(features.dtype)
     image = model.model.multi_modal_projector(features)
     embed = model.get_input_embeddings()
     start = embed(torch.tensor(prefix)).expand(len(ids), -1, -1)

@@ -35,7 +35,12 @@ from transformers import LlavaForConditionalGeneration
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from prumerge_fast.demo import recipe
-from prumerge_fast.demo.conversations import Conversations, Turn, conversation_loss
+from prumerge_fast.demo.conversations import (
+    Conversations,
+    Turn,
+    conversation_loss,
+    token_scales,
+)
 from prumerge_fast.demo.scenes import Scene, make_scene
 from prumerge_fast.demo.set_prediction import SetPrediction
 
@@ -65,8 +70,8 @@ class TrainConfig:
 
     tower: Stage = field(default_factory=lambda: Stage(3200, 32, 1e-3))
     align: Stage = field(default_factory=lambda: Stage(400, 24, 1e-3))
-    instruct: Stage = field(default_factory=lambda: Stage(4100, 24, 1e-3))
-    turns: int = 12  # questions asked about each scene in stage 3
+    instruct: Stage = field(default_factory=lambda: Stage(4600, 24, 1e-3))
+    turns: int = 10  # questions asked about each scene in stage 3
     seed: int = 0
     save_every: int = 200
     workers: int = 1
@@ -143,7 +148,7 @@ class Run:
     def lessons(self) -> list[Lesson]:
         tower = [*self.model.model.vision_tower.parameters(), *self.heads.parameters()]
         language = [p for name, p in self.model.named_parameters() if "vision_tower" not in name]
-        describe, ask = self.conversations.description, self.conversations.questions
+        describe, ask = self.conversations.description, self.conversations.instructions
         return [
             Lesson("tower", self.config.tower, tower, self._tower_loss),
             Lesson("align", self.config.align, language, partial(self._language_loss, describe)),
@@ -160,7 +165,9 @@ class Run:
         batch = self.conversations.batch(
             [turns(scene) for scene in scenes], [self.conversations.span(scene) for scene in scenes]
         )
-        return {"answers": conversation_loss(self.model, pixels, self.conversations.prefix, batch)}
+        scales = token_scales(scenes)
+        prefix = self.conversations.prefix
+        return {"answers": conversation_loss(self.model, pixels, prefix, batch, scales)}
 
     def save(self, stage: int, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Replaces the checkpoint at once: an interruption leaves the old one or the new one."""
