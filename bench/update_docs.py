@@ -85,8 +85,8 @@ def speed() -> str:
     cpu = run["machine_info"]["cpu"]
     lines += [
         "",
-        f"Medians of rounds run in turn; `pytest bench` on {cpu['brand_raw']}, {info['threads']} "
-        f"threads, torch {info['versions']['torch']}, transformers "
+        "Medians of rounds run in turn; `pytest bench/bench_*.py` on "
+        f"{cpu['brand_raw']}, {info['threads']} threads, torch {info['versions']['torch']}, transformers "
         f"{info['versions']['transformers']}, {run['datetime'][:10]}; all figures: "
         "`bench/results/*-cpu.json`.",
     ]

@@ -8,7 +8,8 @@ Run it with `python -m prumerge_fast.demo.train --output runs/demo`. Three stage
    arXiv 2104.10858). So the class attention of the last layer has a reason to look at objects.
 2. *Alignment.* The projector and the language model learn to describe pictures; tower frozen.
    (LLaVA trains the projector alone here, but its language model is pre-trained, ours is not.)
-3. *Instruction tuning.* The same weights learn to answer questions; tower frozen.
+3. *Instruction tuning.* The same weights learn to answer questions; tower frozen. Positions of the
+   image are randomised and some tokens scaled down (see `conversations`).
 
 No stage knows about PruMerge. Every step draws scenes never drawn before, so nothing is memorised
 and an interrupted run goes on from its checkpoint with the scenes that come next.
@@ -66,7 +67,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The whole run; the defaults made the weights that ship."""
+    """The whole run; the defaults are the recipe of the weights that ship (see their card)."""
 
     tower: Stage = field(default_factory=lambda: Stage(3200, 32, 1e-3))
     align: Stage = field(default_factory=lambda: Stage(400, 24, 1e-3))
