@@ -86,9 +86,9 @@ def speed() -> str:
     lines += [
         "",
         "Medians of rounds run in turn; `pytest bench/bench_*.py` on "
-        f"{cpu['brand_raw']}, {info['threads']} threads, torch {info['versions']['torch']}, transformers "
-        f"{info['versions']['transformers']}, {run['datetime'][:10]}; all figures: "
-        "`bench/results/*-cpu.json`.",
+        f"{cpu['brand_raw']}, {info['threads']} threads, torch {info['versions']['torch']}, "
+        f"transformers {info['versions']['transformers']}, {run['datetime'][:10]}; "
+        "all figures: `bench/results/*-cpu.json`.",
     ]
     return "\n".join(lines)
 
