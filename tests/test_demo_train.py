@@ -17,6 +17,7 @@ SHORT = TrainConfig(
     tower=Stage(3, 2, 1e-3, warmup=1),
     align=Stage(2, 2, 1e-3, warmup=1),
     instruct=Stage(2, 2, 1e-3, warmup=1),
+    answer=Stage(1, 2, 1e-3, warmup=1),
     turns=5,
     save_every=1,
     workers=0,
@@ -189,7 +190,11 @@ def test_run_with_other_settings_is_refused(tmp_path):
 
 def test_stages_change_only_their_part(tmp_path):
     config = TrainConfig(
-        tower=Stage(1, 2, 0.0), align=Stage(1, 2, 1e-3), instruct=Stage(1, 2, 1e-3), workers=0
+        tower=Stage(1, 2, 0.0),
+        align=Stage(1, 2, 1e-3),
+        instruct=Stage(1, 2, 1e-3),
+        answer=Stage(1, 2, 1e-3),
+        workers=0,
     )
     trained = train(tmp_path, config).state_dict()
     torch.manual_seed(config.seed)
@@ -201,9 +206,7 @@ def test_stages_change_only_their_part(tmp_path):
 
 
 def test_log_is_json_lines(tmp_path):
-    train(
-        tmp_path, TrainConfig(Stage(20, 1, 1e-3), Stage(1, 1, 1e-3), Stage(1, 1, 1e-3), workers=0)
-    )
+    train(tmp_path, TrainConfig(Stage(20, 1, 1e-3), *[Stage(1, 1, 1e-3)] * 3, workers=0))
     (row,) = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert row["stage"] == "tower"
     assert row["step"] == 20

@@ -1,6 +1,7 @@
 """Trains the demo model: LLaVA's recipe (Liu et al. 2023, arXiv 2304.08485) in small.
 
-Run it with `python -m prumerge_fast.demo.train --output runs/demo`. Three stages, as in LLaVA:
+Run it with `python -m prumerge_fast.demo.train --output runs/demo`. The stages are LLaVA's, with
+one more for short answers:
 
 1. *Tower.* A CLIP-style vision tower learns what is in the picture. Its class token predicts the
    set of objects (how many there are of each colour and shape, and where); its patch tokens at
@@ -10,6 +11,7 @@ Run it with `python -m prumerge_fast.demo.train --output runs/demo`. Three stage
    (LLaVA trains the projector alone here, but its language model is pre-trained, ours is not.)
 3. *Instruction tuning.* The same weights learn to answer questions; tower frozen. Positions of the
    image are randomised and some tokens scaled down (see `conversations`).
+4. *Answers.* The same with questions alone, so that the model stops behind its answer.
 
 No stage knows about PruMerge. Every step draws scenes never drawn before, so nothing is memorised
 and an interrupted run goes on from its checkpoint with the scenes that come next.
@@ -72,7 +74,8 @@ class TrainConfig:
     tower: Stage = field(default_factory=lambda: Stage(3200, 32, 1e-3))
     align: Stage = field(default_factory=lambda: Stage(400, 24, 1e-3))
     instruct: Stage = field(default_factory=lambda: Stage(4600, 24, 1e-3))
-    turns: int = 10  # questions asked about each scene in stage 3
+    answer: Stage = field(default_factory=lambda: Stage(900, 24, 4e-4))
+    turns: int = 10  # questions asked about each scene in stages 3 and 4
     seed: int = 0
     save_every: int = 200
     workers: int = 1
@@ -88,6 +91,7 @@ class TrainConfig:
             tower=scale(self.tower),
             align=scale(self.align),
             instruct=scale(self.instruct),
+            answer=scale(self.answer),
         )
 
 
@@ -149,11 +153,21 @@ class Run:
     def lessons(self) -> list[Lesson]:
         tower = [*self.model.model.vision_tower.parameters(), *self.heads.parameters()]
         language = [p for name, p in self.model.named_parameters() if "vision_tower" not in name]
-        describe, ask = self.conversations.description, self.conversations.instructions
+        talk = self.conversations
         return [
             Lesson("tower", self.config.tower, tower, self._tower_loss),
-            Lesson("align", self.config.align, language, partial(self._language_loss, describe)),
-            Lesson("instruct", self.config.instruct, language, partial(self._language_loss, ask)),
+            Lesson(
+                "align", self.config.align, language, partial(self._language_loss, talk.description)
+            ),
+            Lesson(
+                "instruct",
+                self.config.instruct,
+                language,
+                partial(self._language_loss, talk.instructions),
+            ),
+            Lesson(
+                "answer", self.config.answer, language, partial(self._language_loss, talk.questions)
+            ),
         ]
 
     def _tower_loss(self, pixels: Tensor, scenes: list[Scene]) -> dict[str, Tensor]:
