@@ -1,1 +1,63 @@
-"""LLaVA-PruMerge for any LLaVA: `prumerge_fast.patch(model)`."""
+"""LLaVA-PruMerge (arXiv 2403.15388) for any LLaVA: fewer visual tokens, the same answers.
+
+import prumerge_fast
+
+prumerge_fast.patch(model)                  # in place; generate() and forward() as before
+prumerge_fast.patch(model, keep=64)         # a fixed number of tokens an image
+prumerge_fast.unpatch(model)                # exactly as it was
+
+`prune_merge` is the reduction itself, for other models.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prumerge_fast.config import PruMergeConfig
+    from prumerge_fast.dispatch import prune_merge
+    from prumerge_fast.errors import BackendUnavailableError, PruMergeError, UnsupportedModelError
+    from prumerge_fast.output import MergedTokens
+    from prumerge_fast.patching import is_patched, patch, patched, unpatch
+
+__all__ = [
+    "BackendUnavailableError",
+    "MergedTokens",
+    "PruMergeConfig",
+    "PruMergeError",
+    "UnsupportedModelError",
+    "is_patched",
+    "patch",
+    "patched",
+    "prune_merge",
+    "unpatch",
+]
+
+__version__ = "0.1.0"
+
+# Loaded at first use, so that the command line's `--help` need not wait for PyTorch.
+_MODULES = {
+    "BackendUnavailableError": "errors",
+    "MergedTokens": "output",
+    "PruMergeConfig": "config",
+    "PruMergeError": "errors",
+    "UnsupportedModelError": "errors",
+    "is_patched": "patching",
+    "patch": "patching",
+    "patched": "patching",
+    "prune_merge": "dispatch",
+    "unpatch": "patching",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

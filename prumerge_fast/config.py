@@ -139,9 +139,10 @@ def _checked_keep(value: Any) -> int | float | None:
         if value < 1:
             raise ValueError(expected)
         return int(value)
-    if not 0.0 < value <= 1.0:
+    share = float(value)
+    if not 0.0 < share <= 1.0:
         raise ValueError(expected)
-    return float(value)
+    return share
 
 
 def _checked_neighbours(value: Any) -> int:
@@ -157,6 +158,7 @@ def _checked_fence(value: Any) -> float:
     expected = f"fence: expected a finite number >= 0, got {_describe(value)}"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(expected)
-    if not 0.0 <= value < math.inf:
+    fence = float(value)
+    if not 0.0 <= fence < math.inf:
         raise ValueError(expected)
-    return float(value)
+    return fence

@@ -118,7 +118,6 @@ def prune_merge(
     elif not isinstance(config, PruMergeConfig):
         raise TypeError(f"config: expected a PruMergeConfig or None, got {type(config).__name__}")
     _check_tensors(query, keys, hidden)
-    config.budget(keys.shape[1] - 1)  # raises when `keep` does not fit
     resolved = resolve_backend(backend, keys.device, keys.dtype, keys.shape[1] - 1)
     implementation = _IMPLEMENTATIONS[resolved.name]
     if query.ndim == 3:

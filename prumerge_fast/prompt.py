@@ -53,6 +53,12 @@ class PromptLayout:
             )
         return PromptLayout(self.source.repeat_interleave(rows // batch, 0), self.length)
 
+    def ids(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """The shrunk prompt's ids [B, S + g], padded with the id that the caller padded with."""
+        padding = None if attention_mask is None else input_ids[attention_mask == 0]
+        fill = 0 if padding is None or not len(padding) else int(padding[0])
+        return self.gather(input_ids, fill)
+
     def gather(self, values: Tensor, fill: int | bool) -> Tensor:
         """Values per token of the caller's sequence [B, L + g] for the shrunk one [B, S + g]."""
         source = self.source.to(values.device)  # [B, S]
@@ -81,7 +87,7 @@ class PromptLayout:
         return position_ids - self._gone()[:, -1:].to(position_ids.device)
 
     def _gone(self) -> Tensor:
-        """Tokens gone from between a row's first token and each position, or the end: [B, S + 1]."""
+        """Tokens gone between a row's first token and each position, or the end: [B, S + 1]."""
         source = torch.nn.functional.pad(self.source, (0, 1), value=self.length)  # [B, S + 1]
         first = (self.source >= 0).int().argmax(1, keepdim=True)  # [B, 1]
         here = torch.arange(source.shape[1], device=source.device)  # [S + 1]
@@ -167,7 +173,8 @@ def remembered_layout(cache: Any) -> PromptLayout | None:
     """The layout of the prompt in a KV cache; `None` if it holds none that was shrunk.
 
     Raises:
-        ValueError: The cache was cropped to less than the prompt.
+        ValueError: The cache holds less than the prompt, after it was cropped. (A static cache of
+            transformers 4 miscounts itself where the first sequence has padding.)
     """
     layout = getattr(cache, _CACHE_ATTRIBUTE, None)
     if layout is None:
@@ -178,7 +185,7 @@ def remembered_layout(cache: Any) -> PromptLayout | None:
     if cached < layout.shrunk_length:
         raise ValueError(
             "past_key_values: expected a cache that holds the whole prompt, "
-            f"{layout.shrunk_length} tokens after pruning, got one cropped to {cached}"
+            f"{layout.shrunk_length} tokens after pruning, got one of length {cached}"
         )
     return layout
 

@@ -38,9 +38,9 @@ def prune_merge_reference(
         centres = select_centres(attention.detach(), config)  # m indices
         images.append((attention, centres, merge_rows(attention, k[1:], y[1:], centres, config)))
 
-    budget = config.budget(rows - 1)
-    capacity = max((len(tokens) for _, _, tokens in images), default=0)
-    if budget is not None:
+    if config.keep is None:
+        capacity = max((len(tokens) for _, _, tokens in images), default=int(config.supplement))
+    else:
         capacity = config.capacity(rows - 1)
     tokens = hidden.new_zeros(batch, capacity, channels)
     lengths = torch.zeros(batch, dtype=torch.int32)
@@ -93,7 +93,7 @@ def percentile(values: Tensor, share: float) -> Tensor:
     position = share * (len(values) - 1)
     low, high = ascending[math.floor(position)], ascending[math.ceil(position)]
     weight = position - math.floor(position)
-    # From the nearer end, as NumPy does: the fence of tied values is then those values exactly.
+    # From the nearer end: rounds as NumPy does, whose percentile the authors use.
     if weight < 0.5:
         return low + (high - low) * weight
     return high - (high - low) * (1 - weight)

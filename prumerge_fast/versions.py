@@ -5,15 +5,15 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 
-def clip_transformer(tower: nn.Module) -> nn.Module:
+def clip_transformer(tower: Any) -> Any:
     """The module with `embeddings`, `pre_layrnorm` and `encoder`: 4.x wraps it once more."""
     return getattr(tower, "vision_model", tower)
 
 
-def run_encoder_layer(layer: nn.Module, hidden: Tensor) -> Tensor:
+def run_encoder_layer(layer: Any, hidden: Tensor) -> Tensor:
     """One CLIP encoder layer without any mask, [B, 1+N, C] to [B, 1+N, C].
 
     4.x asks for a second mask and returns a tuple.
@@ -33,5 +33,6 @@ def image_features_output(features: list[Tensor], return_dict: bool) -> Any:
         return features
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-    output = BaseModelOutputWithPooling(pooler_output=features)
+    form: Any = BaseModelOutputWithPooling  # declared to hold one tensor, used with a list
+    output = form(pooler_output=features)
     return output if return_dict else output.to_tuple()

@@ -7,13 +7,15 @@ its attention, values, output projection and MLP, changes nothing in the feature
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Any
+
+from torch import Tensor
 
 from prumerge_fast.errors import UnsupportedModelError
 from prumerge_fast.versions import clip_transformer, run_encoder_layer
 
 
-def check_tower(tower: nn.Module) -> None:
+def check_tower(tower: Any) -> None:
     """Raise `UnsupportedModelError` unless `tower` is a CLIP vision tower of transformers."""
     name = type(tower).__name__
     if any(cls.__name__ == "CLIPVisionModel" for cls in type(tower).__mro__):
@@ -23,21 +25,23 @@ def check_tower(tower: nn.Module) -> None:
         if "siglip" in name.lower() or "pixtral" in name.lower()
         else "is not known"
     )
-    raise UnsupportedModelError(f"vision tower: expected a CLIPVisionModel, got {name}, which {reason}")
+    raise UnsupportedModelError(
+        f"vision tower: expected a CLIPVisionModel, got {name}, which {reason}"
+    )
 
 
-def num_patches(tower: nn.Module) -> int:
+def num_patches(tower: Any) -> int:
     """N, the number of patch tokens of an image, without the class token."""
     return clip_transformer(tower).embeddings.num_patches
 
 
-def reading_layer(tower: nn.Module, feature_layer: object) -> int:
+def reading_layer(tower: Any, feature_layer: object) -> int:
     """Index of the encoder layer that reads `hidden_states[feature_layer]`.
 
     Args:
         tower: A CLIP vision tower with L encoder layers.
-        feature_layer: `vision_feature_layer` as transformers counts it: 0 is the embeddings' output,
-            -1 the last layer's.
+        feature_layer: `vision_feature_layer` as transformers counts it: 0 is the output of the
+            embeddings, -1 that of the last layer.
 
     Raises:
         UnsupportedModelError: It is a list, out of range, or the last layer's output, which no
@@ -64,7 +68,7 @@ def reading_layer(tower: nn.Module, feature_layer: object) -> int:
 
 
 def query_keys_hidden(
-    tower: nn.Module, pixel_values: Tensor, feature_layer: int
+    tower: Any, pixel_values: Tensor, feature_layer: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Features of the images, and the query and keys that PruMerge scores them with.
 
@@ -95,7 +99,7 @@ def query_keys_hidden(
     return query, keys, hidden
 
 
-def encode(model: nn.Module, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def encode(model: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`query_keys_hidden` of a whole model of a supported family, patched or not.
 
     Args:

@@ -1,56 +1,46 @@
 """The commands on a tiny random LLaVA and real photographs: results, bad input, interruption."""
 
+import importlib.util
 import json
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_models import BOS, EOS, IMAGE, PAD, PATCHES, VOCAB, tiny_llava
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
 from prumerge_fast.cli import compare, main, models, stages
+from prumerge_fast.cli.inputs import items_from_images
 
 POLICIES = ["LLaVA", "PruMerge", "PruMerge+"]
-PATCHES = 16
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """A LLaVA with random weights, 16 patch tokens and a vocabulary of 50 words."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import (
-        CLIPImageProcessor,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-        PreTrainedTokenizerFast,
+    """A tiny LLaVA with random weights and its processor, saved."""
+    special = {PAD: "<pad>", BOS: "<s>", EOS: "</s>", 3: "<unk>", IMAGE: "<image>"}
+    words = iter(
+        ["USER", ":", "ASSISTANT", "what", "is", "this", "?", *(f"w{i}" for i in range(99))]
     )
-
-    special = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
-    words = [
-        *special,
-        "USER",
-        ":",
-        "ASSISTANT",
-        "what",
-        "is",
-        "this",
-        "?",
-        *(f"w{i}" for i in range(38)),
-    ]
-    vocabulary = {word: index for index, word in enumerate(words)}
+    vocabulary = {special.get(i) or next(words): i for i in range(VOCAB)}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
-    small = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2}
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     path = tmp_path_factory.mktemp("models") / "tiny"
     LlavaProcessor(
         image_processor=CLIPImageProcessor(
-            size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}
+            size={"shortest_edge": 30}, crop_size={"height": 30, "width": 30}
         ),
         tokenizer=PreTrainedTokenizerFast(
             tokenizer_object=tokenizer,
@@ -61,25 +51,11 @@ def folder(tmp_path_factory):
             extra_special_tokens={"image_token": "<image>"},
             model_input_names=["input_ids", "attention_mask"],
         ),
-        patch_size=14,
+        patch_size=6,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
     ).save_pretrained(path)
-    torch.manual_seed(0)
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**small, num_hidden_layers=3, image_size=56, patch_size=14),
-        text_config=LlamaConfig(
-            **small,
-            num_hidden_layers=2,
-            vocab_size=len(words),
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        ),
-        image_token_id=words.index("<image>"),
-        image_seq_length=PATCHES,
-    )
-    LlavaForConditionalGeneration(config).save_pretrained(path)
+    tiny_llava().save_pretrained(path)
     return path
 
 
@@ -132,10 +108,10 @@ def test_compare_as_json(command, capsys):
     rows = result["results"]
     tokens = {name: row["visual_tokens"] for name, row in rows.items()}
     assert tokens["LLaVA"] == {"mean": PATCHES, "min": PATCHES, "max": PATCHES}
-    assert tokens["PruMerge"] == tokens["PruMerge+"] == {"mean": 5, "min": 5, "max": 5}
-    # Keys and values, two layers of 64 channels in float32, for every token but the last answer's.
+    assert tokens["PruMerge"] == tokens["PruMerge+"] == {"mean": 7, "min": 7, "max": 7}
+    # Keys and values, two layers of 32 channels in float32, for every token but the last answer's.
     saved = rows["LLaVA"]["kv_cache_bytes"] - rows["PruMerge"]["kv_cache_bytes"]
-    assert saved == (PATCHES - 5) * 2 * 2 * 64 * 4
+    assert saved == (PATCHES - 7) * 2 * 2 * 32 * 4
     assert rows["LLaVA"]["milliseconds"]["prune_merge"] is None
     assert rows["PruMerge"]["config"]["keep"] == 0.25
     for name, row in rows.items():
@@ -168,12 +144,27 @@ def test_compare_answers_are_those_of_the_model(command, folder, photos, capsys)
         assert answer["answers"]["LLaVA"] == expected
 
 
+def test_prompts_get_the_models_own_format_and_one_first_token(folder, photos):
+    loaded = models.load(str(folder), dtype="auto", device="cpu", load_in_4bit=False)
+    decode = loaded.processor.tokenizer.batch_decode
+    photo = photos / "coffee.jpg"
+    items = items_from_images([photo], ["what ?", "this <image> is"])
+    assert decode(models.prepare(loaded, items)["input_ids"]) == [
+        f"<s> USER : {'<image> ' * PATCHES}what ? ASSISTANT :",
+        f"{'<pad> ' * 4}<s> this {'<image> ' * PATCHES}is",
+    ]
+    loaded.processor.chat_template = "<s>what: <image> {{ messages[0].content[1].text }}"
+    ids = models.prepare(loaded, items[:1])["input_ids"]
+    assert decode(ids) == [f"<s> what : {'<image> ' * PATCHES}what ?"]
+
+
 def test_compare_prints_tables(command, capsys):
-    assert main([*command, "--variant", "prumerge+", "--keep", "4", "--dtype", "bfloat16"]) == 0
+    arguments = ["--variant", "prumerge+", "--keep", "4", "--dtype", "bfloat16"]
+    assert main([*command, *arguments, "--prompt", "[red]what :star: ?"]) == 0
     captured = capsys.readouterr()
-    for expected in ("PruMerge+", "vision tower, ms", "prune+merge, ms", "prefill, ms",
-                     "KV cache, KiB", "same answer as LLaVA", "astronaut.png"):  # fmt: skip
-        assert expected in captured.out.replace("\n", "")
+    rows = ["vision tower, ms", "prune+merge, ms", "prefill, ms", "decode, ms", "KV cache, KiB"]
+    for expected in (*rows, "PruMerge+", "same answer as LLaVA", "[red]what", "astronaut.png"):
+        assert expected in captured.out
     assert "5.0" in captured.out  # four tokens and the supplement
     assert captured.err == ""
 
@@ -206,7 +197,11 @@ def test_question_file_and_answer_files(folder, photos, questions, tmp_path, cap
         )
         assert {record["model_id"] for record in records} == {f"tiny-{name[4:-6]}"}
     assert "exists; --overwrite replaces it" in refusal(capsys, *arguments)
+    before = (out.parent / names[0]).read_text()
+    refusal(capsys, *arguments, "--overwrite", "--keep", 1000)
+    assert (out.parent / names[0]).read_text() == before
     assert main([*arguments, "--overwrite"]) == 0
+    assert len((out.parent / names[0]).read_text().splitlines()) == 4
 
 
 def test_policies_take_turns_and_warm_up_does_not_count(command, capsys, monkeypatch):
@@ -240,6 +235,29 @@ def test_interruption_keeps_the_answers_so_far(command, tmp_path, capsys, monkey
         assert len((tmp_path / f"a-{slug}.jsonl").read_text().splitlines()) == 2
 
 
+def test_ctrl_c(command, tmp_path):
+    """A real signal: no traceback, exit code 130, and the first answers are on the disk."""
+    first = tmp_path / "a-llava.jsonl"
+    arguments = [*command, "--answers", str(tmp_path / "a.jsonl"), "--repeat", "100000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "prumerge_fast", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    )
+    deadline = time.monotonic() + 60
+    while not (first.exists() and first.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    written = first.stat().st_size
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=30)
+    assert (process.returncode, output) == (130, "")
+    assert re.fullmatch(r"interrupted after [01] of 4 questions\n", errors)
+    assert written > 0  # before the interruption, not because of it
+    assert json.loads(first.read_text())["question_id"] == 0
+
+
 def test_corrupt_image_midway_keeps_the_answers_so_far(folder, photos, tmp_path, capsys):
     bad = tmp_path / "bad.png"
     bad.write_bytes((photos / "astronaut.png").read_bytes()[:5000])
@@ -256,7 +274,7 @@ def test_corrupt_image_midway_keeps_the_answers_so_far(folder, photos, tmp_path,
     ("arguments", "says"),
     [
         (["--keep", "0"], r"--keep: expected .* got 0"),
-        (["--keep", "1000"], r"--keep: expected at most N = 16.* got 1000"),
+        (["--keep", "1000"], r"--keep: expected at most N = 25.* got 1000"),
         (["--keep", "1.5"], r"--keep: expected .* got 1\.5"),
         (["--keep", "many"], r"--keep: expected .* got many"),
         (["--batch-size", "0"], r"--batch-size.*0"),
@@ -292,7 +310,9 @@ def test_folders_without_a_usable_model(command, folder, tmp_path, capsys):
     assert "expected a folder with config.json" in refusal(capsys, *command, "--model", tmp_path)
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"model_type": "bert"}))
-    assert "got model_type 'bert'" in refusal(capsys, *command, "--model", tmp_path)
+    assert "expected one of LlavaForConditionalGeneration, got bert" in refusal(
+        capsys, *command, "--model", tmp_path
+    )
     config.write_text(json.dumps({"model_type": "no-such-model"}))
     assert "no-such-model" in refusal(capsys, *command, "--model", tmp_path)
     config.write_text("{")
@@ -301,9 +321,30 @@ def test_folders_without_a_usable_model(command, folder, tmp_path, capsys):
     assert "--model: expected" in refusal(capsys, *command, "--model", tmp_path)
 
 
-def test_pixels_that_are_not_finite(command, folder, tmp_path, capsys):
-    import shutil
+def test_weights_that_are_missing_or_do_not_fit(command, folder, tmp_path, capsys):
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    lost = next(name for name in weights if name.endswith("lm_head.weight"))
+    partial = {name: weight for name, weight in weights.items() if name != lost}
+    save_file(partial, broken / "model.safetensors", {"format": "pt"})
+    message = refusal(capsys, *command, "--model", broken)
+    assert "got none for 1 parameters, such as lm_head.weight" in message
+    save_file({**weights, lost: torch.zeros(3, 3)}, broken / "model.safetensors", {"format": "pt"})
+    assert "--model: expected" in refusal(capsys, *command, "--model", broken)
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    assert "--model: expected" in refusal(capsys, *command, "--model", broken)
 
+
+def test_models_that_prumerge_cannot_work_on(command, folder, tmp_path, capsys):
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    config = json.loads((broken / "config.json").read_text())
+    config["vision_feature_select_strategy"] = "full"
+    (broken / "config.json").write_text(json.dumps(config))
+    assert "vision_feature_select_strategy" in refusal(capsys, *command, "--model", broken)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_pixels_that_are_not_finite(command, folder, tmp_path, capsys):
     broken = shutil.copytree(folder, tmp_path / "broken")
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (broken / name).exists():
@@ -317,7 +358,7 @@ def test_pixels_that_are_not_finite(command, folder, tmp_path, capsys):
 
 
 @pytest.mark.skipif(
-    "bitsandbytes" in sys.modules or models.importlib.util.find_spec("bitsandbytes") is not None,
+    importlib.util.find_spec("bitsandbytes") is not None,
     reason="bitsandbytes is installed",
 )
 def test_four_bits_need_bitsandbytes(command, capsys):
@@ -337,12 +378,12 @@ def test_show_draws_three_panels(folder, photos, tmp_path, capsys):
         assert len({*near} - {int(centre)}) == 3
     with Image.open(out) as sheet:
         assert sheet.width > 3 * 480
-        thirds = [sheet.crop((i * sheet.width // 3, 60, (i + 1) * sheet.width // 3, 480))
-                  for i in range(3)]  # fmt: skip
-        assert len({third.resize((60, 60)).tobytes() for third in thirds}) == 3
+        third = sheet.width // 3
+        panels = [sheet.crop((i * third, 60, (i + 1) * third, 480)) for i in range(3)]
+        assert len({panel.tobytes() for panel in panels}) == 3
 
     assert main([*arguments, "--output", str(out), "--variant", "prumerge+"]) == 0
-    assert capsys.readouterr().out == f"{out}: 6 of 16 visual tokens\n"
+    assert capsys.readouterr().out == f"{out}: 6 of 25 visual tokens\n"
 
 
 def test_show_refuses(folder, photos, tmp_path, capsys):
@@ -354,7 +395,7 @@ def test_show_refuses(folder, photos, tmp_path, capsys):
     nowhere = tmp_path / "no" / "x.png"
     assert "expected a writable file" in refusal(capsys, "show", photo, *model, "-o", nowhere)
     assert "expected demo:INDEX" in refusal(capsys, "show", "demo:x", *model)
-    assert "at most N = 16" in refusal(capsys, "show", photo, *model, "--keep", 17)
+    assert "at most N = 25" in refusal(capsys, "show", photo, *model, "--keep", 26)
 
 
 def test_show_a_demo_scene(folder, tmp_path, monkeypatch, capsys):

@@ -56,8 +56,14 @@ GOOD = {"question_id": 1, "image": "picture.png", "text": "What?"}
     [
         ('{"question_id": 1,', "expected one JSON object a line"),
         ("[1, 2]", "expected a JSON object, got list"),
-        ({"question_id": 1, "image": "picture.png"}, "expected the fields question_id, image and text, got none named text"),
-        ({"text": "x"}, "expected the fields question_id, image and text, got none named question_id"),
+        (
+            {"question_id": 1, "image": "picture.png"},
+            "expected the fields question_id, image and text, got none named text",
+        ),
+        (
+            {"text": "x"},
+            "expected the fields question_id, image and text, got none named question_id",
+        ),
         ({**GOOD, "text": 5}, "expected text to be str, got 5"),
         ({**GOOD, "question_id": None}, "expected question_id to be int or str, got None"),
         ({**GOOD, "image": "gone.png"}, "expected an existing image, got "),

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from prumerge_fast.demo.scenes import COLOURS, KINDS, SHAPES, benchmark, make_scene
+from prumerge_fast.demo.scenes import COLOURS, KINDS, PLACE, SHAPES, benchmark, make_scene
 
 SCENES = [make_scene("validation", index) for index in range(300)]
 QUESTIONS = [
@@ -34,15 +34,12 @@ def _answer(scene, text):
     words = re.findall(r"\w+", text.lower())
     colour = next((word for word in words if word in COLOURS), None)
     shape = next((s for s in SHAPES for word in words if word in (s, s + "s", s + "es")), None)
-    if relation := re.search(r"the (\w+ \w+) (left of|right of|above|below) the (\w+ \w+)", text):
-        first, second = _the(scene, relation[1]), _the(scene, relation[3])
-        gap = {
-            "left of": second.x - first.x,
-            "right of": first.x - second.x,
-            "above": second.y - first.y,
-            "below": first.y - second.y,
-        }[relation[2]]
-        return "yes" if gap > 0 else "no"
+    names = re.findall(r"the (\w+ \w+?)(?: |\?)", text)
+    if " or " in text:
+        first, second = _the(scene, names[0]), _the(scene, names[1])
+        if "left" in words:
+            return "left" if first.x < second.x else "right"
+        return "above" if first.y < second.y else "below"
     if "many" in words or "number" in words:
         return str(_number(scene, colour, shape))
     if "colour" in words:
@@ -59,14 +56,29 @@ def test_answers_are_right():
     assert wrong == []
 
 
+def test_places_are_right():
+    found = collections.Counter()
+    for scene in SCENES:
+        question = scene.question(PLACE)
+        if question is not None:
+            item = _the(scene, re.search(r"is the (\w+ \w+)\?", question.text)[1])
+            rows, columns = ("top", "centre", "bottom"), ("left", "middle", "right")
+            assert question.answer == f"{rows[int(item.y * 3)]} {columns[int(item.x * 3)]}"
+            found[question.answer] += 1
+    assert len(found) == 9
+    assert PLACE not in {question.kind for _, question in QUESTIONS}
+
+
 def test_answers_are_balanced():
     answers = collections.defaultdict(collections.Counter)
     for _, question in QUESTIONS:
         answers[question.kind][question.answer] += 1
     assert set(answers) == set(KINDS)
-    for kind in ("existence", "position"):
-        assert set(answers[kind]) == {"yes", "no"}
-        assert 0.4 < answers[kind]["yes"] / answers[kind].total() < 0.6
+    for one, other in [("yes", "no"), ("left", "right"), ("above", "below")]:
+        counts = answers["existence" if one == "yes" else "position"]
+        assert 0.4 < counts[one] / (counts[one] + counts[other]) < 0.6
+    assert set(answers["existence"]) == {"yes", "no"}
+    assert set(answers["position"]) == {"left", "right", "above", "below"}
     assert set(answers["count"]) == set("01234")
     assert set(answers["colour"]) == set(COLOURS)
     assert set(answers["shape"]) == set(SHAPES)

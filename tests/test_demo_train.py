@@ -8,7 +8,7 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from prumerge_fast.demo import IMAGE_TOKEN, PROMPT, recipe
-from prumerge_fast.demo.conversations import IGNORE, Conversations, conversation_loss
+from prumerge_fast.demo.conversations import IGNORE, MIX, Conversations, conversation_loss
 from prumerge_fast.demo.scenes import COLOURS, SHAPES, benchmark, make_scene
 from prumerge_fast.demo.set_prediction import PAIRS, patch_targets, set_targets
 from prumerge_fast.demo.train import Stage, TrainConfig, pixel_values, train
@@ -17,6 +17,7 @@ SHORT = TrainConfig(
     tower=Stage(3, 2, 1e-3, warmup=1),
     align=Stage(2, 2, 1e-3, warmup=1),
     instruct=Stage(2, 2, 1e-3, warmup=1),
+    answer=Stage(1, 2, 1e-3, warmup=1),
     turns=5,
     save_every=1,
     workers=0,
@@ -33,6 +34,11 @@ def untrained(tmp_path_factory):
     recipe.save(model, tokenizer, folder)
     loaded = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     return model, tokenizer, loaded, AutoProcessor.from_pretrained(folder)
+
+
+def _asked(scene, turns):
+    asked = (scene.question(kind, 1 + turn) for turn, kind in enumerate(MIX[:turns]))
+    return [question for question in asked if question]
 
 
 def test_saved_model_is_the_same_model(untrained):
@@ -62,7 +68,7 @@ def test_packed_turns_equal_separate_prompts(untrained):
 
     losses = []
     for scene in scenes:
-        for question in scene.questions(variant=1):
+        for question in _asked(scene, 5):
             prompt = PROMPT.format(question=question.text)
             inputs = processor(
                 images=[scene.render()],
@@ -80,12 +86,34 @@ def test_packed_turns_equal_separate_prompts(untrained):
     assert packed.item() == pytest.approx(np.mean(losses), rel=1e-4)
 
 
+def test_spans_move_only_positions(untrained):
+    _, tokenizer, *_ = untrained
+    conversations = Conversations(tokenizer, turns=3)
+    turns = [conversations.questions(make_scene("train", 4))]
+    ids, labels, positions, mask = conversations.batch(turns)
+    short_ids, short_labels, short, short_mask = conversations.batch(turns, spans=[49])
+    assert torch.equal(ids, short_ids)
+    assert torch.equal(labels, short_labels)
+    assert torch.equal(mask, short_mask)
+    before, image = (
+        len(conversations.prefix),
+        slice(len(conversations.prefix), conversations.offset),
+    )
+    assert short[0, image].tolist() == [before + i * 49 // 196 for i in range(196)]
+    assert (positions - short)[0, conversations.offset :].unique().tolist() == [196 - 49]
+    spans = [conversations.span(make_scene("train", index)) for index in range(200)]
+    assert min(spans) < 40
+    assert max(spans) > 230
+    assert 0.15 < spans.count(196) / 200 < 0.4
+    assert spans[7] == conversations.span(make_scene("train", 7))
+
+
 def test_only_answers_are_learnt(untrained):
     _, tokenizer, *_ = untrained
     conversations = Conversations(tokenizer, turns=5)
     scene = make_scene("train", 3)
     for (ids, labels), question in zip(
-        conversations.questions(scene), scene.questions(variant=1), strict=True
+        conversations.questions(scene), _asked(scene, 5), strict=True
     ):
         learnt = [token for token, label in zip(ids, labels, strict=True) if label != IGNORE]
         assert tokenizer.decode(learnt) == f" {question.answer}{tokenizer.eos_token}"
@@ -162,7 +190,11 @@ def test_run_with_other_settings_is_refused(tmp_path):
 
 def test_stages_change_only_their_part(tmp_path):
     config = TrainConfig(
-        tower=Stage(1, 2, 0.0), align=Stage(1, 2, 1e-3), instruct=Stage(1, 2, 1e-3), workers=0
+        tower=Stage(1, 2, 0.0),
+        align=Stage(1, 2, 1e-3),
+        instruct=Stage(1, 2, 1e-3),
+        answer=Stage(1, 2, 1e-3),
+        workers=0,
     )
     trained = train(tmp_path, config).state_dict()
     torch.manual_seed(config.seed)
@@ -174,9 +206,7 @@ def test_stages_change_only_their_part(tmp_path):
 
 
 def test_log_is_json_lines(tmp_path):
-    train(
-        tmp_path, TrainConfig(Stage(20, 1, 1e-3), Stage(1, 1, 1e-3), Stage(1, 1, 1e-3), workers=0)
-    )
+    train(tmp_path, TrainConfig(Stage(20, 1, 1e-3), *[Stage(1, 1, 1e-3)] * 3, workers=0))
     (row,) = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert row["stage"] == "tower"
     assert row["step"] == 20

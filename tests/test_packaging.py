@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import prumerge_fast
+
 ROOT = Path(__file__).parents[1]
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "kernels", "prumerge_fast")
 
@@ -54,8 +56,17 @@ def test_demo_weights_are_whole_and_small(wheel):
     assert sum(i.file_size for i in inside) <= 10 * 2**20
 
 
-@pytest.mark.parametrize("heavy", ["transformers", "triton", "prumerge_fast.demo"])
+@pytest.mark.parametrize("heavy", ["torch", "transformers", "triton", "prumerge_fast.demo"])
 def test_import_is_light(heavy):
     code = f"import sys, prumerge_fast; sys.exit({heavy!r} in sys.modules)"
     # Not from the checkout, whose `kernels` folder would pass for the Hugging Face package.
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent).returncode == 0
+
+
+def test_every_export_can_be_imported():
+    assert sorted(prumerge_fast._MODULES) == prumerge_fast.__all__
+    for name in prumerge_fast.__all__:
+        assert getattr(prumerge_fast, name).__name__ == name
+    assert set(prumerge_fast.__all__) <= set(dir(prumerge_fast))
+    with pytest.raises(AttributeError, match="no attribute 'pacth'"):
+        prumerge_fast.pacth  # noqa: B018

@@ -22,15 +22,20 @@ FAMILIES = {
 
 
 def adapter_for(model: object) -> Adapter:
-    """The adapter of the family that `model`, or a class it derives from, belongs to.
+    """The adapter of a model's family; see `adapter_for_class`."""
+    return adapter_for_class(type(model))
+
+
+def adapter_for_class(model_class: type) -> Adapter:
+    """The adapter of the family that a class, or one it derives from, belongs to.
 
     Raises:
         UnsupportedModelError: It belongs to none; the message lists the families.
     """
-    for cls in type(model).__mro__:
+    for cls in model_class.__mro__:
         if cls.__name__ in FAMILIES:
             return import_module(FAMILIES[cls.__name__].module).ADAPTER
     supported = ", ".join(f"{name} ({family.title})" for name, family in FAMILIES.items())
     raise UnsupportedModelError(
-        f"model: expected a supported model, got {type(model).__name__}; supported: {supported}"
+        f"model: expected a supported model, got {model_class.__name__}; supported: {supported}"
     )

@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from prumerge_fast.errors import PruMergeError
+
 if TYPE_CHECKING:
     from prumerge_fast.config import PruMergeConfig
 
 app = typer.Typer(
     name="prumerge-fast",
     help="LLaVA beside LLaVA-PruMerge: fewer visual tokens, the same answers.",
-    no_args_is_help=True,
+    rich_markup_mode="markdown",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -53,10 +55,14 @@ class Backend(str, Enum):
     reference = "reference"
 
 
-def _at_least_one(value: int) -> int:
-    if value < 1:
+def _whole_number(value: str) -> int:
+    if not str(value).isdecimal() or int(value) < 1:
         raise typer.BadParameter(f"expected a whole number >= 1, got {value}")
-    return value
+    return int(value)
+
+
+def _count_option(description: str) -> Any:
+    return typer.Option(parser=_whole_number, metavar="N", help=description)
 
 
 ModelOption = Annotated[
@@ -75,7 +81,7 @@ KeepOption = Annotated[
     ),
 ]
 NeighboursOption = Annotated[
-    int, typer.Option(callback=_at_least_one, help="How many similar tokens merge into each kept one.")
+    int, _count_option("How many similar tokens merge into each kept one.")
 ]
 MergeOption = Annotated[
     Merge, typer.Option(help="sum: the authors' code; average: the paper's text; none: only prune.")
@@ -88,8 +94,8 @@ JsonOption = Annotated[
 ]
 
 
-@app.command()
-def compare(
+@app.command("compare")
+def _compare(
     context: typer.Context,
     more_images: Annotated[
         list[Path] | None,
@@ -103,7 +109,7 @@ def compare(
     prompt: Annotated[
         list[str] | None,
         typer.Option(
-            help="A question about every image; may be repeated. One that contains <image> is "
+            help="A question about every image; may be repeated. One that contains `<image>` is "
             "taken as the whole prompt, another gets the model's chat format."
         ),
     ] = None,
@@ -131,7 +137,7 @@ def compare(
         bool, typer.Option("--overwrite", help="Replace answer files that hold something.")
     ] = False,
     count: Annotated[
-        int, typer.Option(callback=_at_least_one, help="How many questions about demo scenes, without --images.")
+        int, _count_option("How many questions about demo scenes, without --images.")
     ] = 200,
     variant: Annotated[
         list[Variant] | None,
@@ -146,11 +152,9 @@ def compare(
     load_in_4bit: Annotated[
         bool, typer.Option("--load-in-4bit", help="Language model in NF4 (extra: int4).")
     ] = False,
-    batch_size: Annotated[int, typer.Option(callback=_at_least_one, help="Questions answered at once.")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(callback=_at_least_one, help="Longest answer.")] = 32,
-    repeat: Annotated[
-        int, typer.Option(callback=_at_least_one, help="Time every batch so often; medians are shown.")
-    ] = 1,
+    batch_size: Annotated[int, _count_option("Questions answered at once.")] = 1,
+    max_new_tokens: Annotated[int, _count_option("Longest answer.")] = 32,
+    repeat: Annotated[int, _count_option("Time every batch so often; medians are shown.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
     """LLaVA beside PruMerge and PruMerge+: tokens, time, memory, answers.
@@ -187,8 +191,8 @@ def compare(
     )
 
 
-@app.command()
-def show(
+@app.command("show")
+def _show(
     context: typer.Context,
     image: Annotated[str, typer.Argument(help="An image file, or demo:INDEX for a demo scene.")],
     output: Annotated[
@@ -228,8 +232,8 @@ def show(
     )
 
 
-@app.command()
-def doctor(context: typer.Context, as_json: JsonOption = False) -> None:
+@app.command("doctor")
+def _doctor(context: typer.Context, as_json: JsonOption = False) -> None:
     """What is installed, which backend will run, and why."""
     from prumerge_fast.cli.doctor import run
 
@@ -258,9 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: Those of the process for `None`.
     """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    from prumerge_fast.errors import PruMergeError
-
+    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     # Bad usage, in typer of any version: the base class is public only through this subclass.
     usage_error: Any = typer.BadParameter.__base__
     try:

@@ -91,9 +91,8 @@ def run(options: CompareOptions) -> None:
         try:
             _answer_all(options, loaded, policies, items)
         except KeyboardInterrupt:
-            report.messages().print(
-                f"interrupted after {len(policies[-1].answers)} of {len(items)} questions"
-            )
+            done = min(len(policy.answers) for policy in policies)
+            report.messages().print(f"interrupted after {done} of {len(items)} questions")
             raise
 
     results = {
@@ -106,11 +105,15 @@ def run(options: CompareOptions) -> None:
     console = report.console()
     if len(items) <= MOST_ANSWERS_SHOWN:
         console.print(report.answers_table({p.name: p.answers for p in policies}))
-    title = (
-        f"{loaded.name}: {len(items)} questions, {_dtype_name(loaded)} on {loaded.device}, "
+    console.print(
+        f"{loaded.name}: {len(items)} questions, {_dtype_name(loaded)}"
+        f"{' and NF4' if options.load_in_4bit else ''} on {loaded.device}, "
         f"batches of {options.batch_size}, backend {backend}"
     )
-    console.print(report.comparison_table(title, results))
+    console.print(report.comparison_table(results))
+    console.print(
+        "Times: median per question; prefill includes the projector, total is all of generate()."
+    )
 
 
 def _items(options: CompareOptions) -> list[Item]:
@@ -143,7 +146,8 @@ def _open_answers(options: CompareOptions, slug: str, stack: ExitStack) -> TextI
             raise InputError(
                 f"--answers: expected a new file, got {path}, which exists; --overwrite replaces it"
             )
-        return stack.enter_context(path.open("w", encoding="utf-8", buffering=1))
+        # Not "w": what is there stays until the first new answer.
+        return stack.enter_context(path.open("a", encoding="utf-8", buffering=1))
     except OSError as error:
         raise InputError(f"--answers: expected a writable file, got {path} ({error})") from None
 
@@ -157,6 +161,9 @@ def _answer_all(
     """
     for policy in policies:  # warm-up
         _measure(options, loaded, policy, prepare(loaded, items[: options.batch_size]))
+    for policy in policies:
+        if policy.file is not None:
+            policy.file.truncate(0)
     console = report.messages()
     columns = (
         TextColumn("questions"),

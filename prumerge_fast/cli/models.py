@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from prumerge_fast.adapters import FAMILIES, adapter_for
 from prumerge_fast.cli.inputs import IMAGE_TOKEN, InputError, Item
 from prumerge_fast.config import PruMergeConfig
-from prumerge_fast.vision import check_tower, num_patches
-
-SUPPORTED_MODEL_TYPES = ("llava",)
 
 
 @dataclass(frozen=True)
@@ -39,46 +39,61 @@ def load(model: str | None, *, dtype: str, device: str, load_in_4bit: bool) -> L
         load_in_4bit: Quantise the language model to NF4 with bitsandbytes.
 
     Raises:
-        InputError: The model, the device or the quantisation is not available, or the model is no
-            LLaVA.
-        UnsupportedModelError: It is a LLaVA whose vision tower is not supported.
+        InputError: The model, the device or the quantisation is not available, or the model is of
+            no supported family.
+        UnsupportedModelError: PruMerge cannot work on this model of a supported family.
     """
+    from huggingface_hub.utils import logging as hub_logging
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging
 
-    # Progress and warnings of transformers would mix with ours.
+    # Standard error is for our own messages and, on a terminal, for the progress of downloads.
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
+    hub_logging.set_verbosity_error()
     target = resolve_device(device)
     precision = _resolve_dtype(dtype, target)
     source, name = _source(model)
+    if sys.stderr.isatty():
+        print(f"loading {source}", file=sys.stderr)
+    else:
+        logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(source)
-        if config.model_type not in SUPPORTED_MODEL_TYPES:
+        if not FAMILIES.keys() & set(config.architectures or ()):
             raise InputError(
-                f"--model: expected a LLaVA (model_type {' or '.join(SUPPORTED_MODEL_TYPES)}), "
-                f"got model_type {config.model_type!r} in {source}"
+                f"--model: expected one of {', '.join(FAMILIES)}, got "
+                f"{' '.join(config.architectures or [config.model_type])} in {source}"
             )
         processor = AutoProcessor.from_pretrained(source)
-        llava: Any = LlavaForConditionalGeneration.from_pretrained(
-            source, dtype=precision, **_quantisation(load_in_4bit, precision, target)
+        found: Any = AutoModelForImageTextToText.from_pretrained(
+            source,
+            dtype=precision,
+            output_loading_info=True,
+            **_quantisation(load_in_4bit, precision, target),
         )
     except InputError:
         raise
-    # OSError: absent, or the hub is unreachable; ValueError: not a model that transformers knows.
-    except (OSError, ValueError, SafetensorError) as error:
+    # OSError: absent, or the hub is unreachable; ValueError: not a model that transformers knows;
+    # RuntimeError: weights that do not fit the config.
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"--model: expected a folder or a hub name of a LLaVA, got {source} ({error})"
         ) from None
-    check_tower(llava.model.vision_tower)
+    llava, loading = found
+    if loading["missing_keys"]:  # transformers would only have warned, and made up weights
+        raise InputError(
+            f"--model: expected all weights in {source}, got none for "
+            f"{len(loading['missing_keys'])} parameters, such as {min(loading['missing_keys'])}"
+        )
+    adapter = adapter_for(llava)
+    adapter.check(llava)
     if not load_in_4bit:
         llava.to(target)
     processor.tokenizer.padding_side = "left"
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    patches = num_patches(llava.model.vision_tower)
+    patches = adapter.num_patches(llava)
     return Loaded(llava.eval(), processor, name, target, precision, patches)
 
 
@@ -171,13 +186,14 @@ def prepare(loaded: Loaded, items: Sequence[Item]) -> Any:
     prompts = [format_prompt(loaded.processor, item) for item in items]
     # A chat template may have written the tokenizer's first token already.
     first = loaded.processor.tokenizer.bos_token
-    inputs = loaded.processor(
-        images=images,
-        text=prompts,
-        padding=True,
-        return_tensors="pt",
-        add_special_tokens=first is None or not prompts[0].startswith(first),
-    )
+    with np.errstate(divide="ignore", invalid="ignore"):  # an error below, not a warning
+        inputs = loaded.processor(
+            images=images,
+            text=prompts,
+            padding=True,
+            return_tensors="pt",
+            add_special_tokens=first is None or not prompts[0].startswith(first),
+        )
     check_pixels(inputs["pixel_values"], [item.image for item in items])
     return inputs.to(loaded.device, loaded.dtype)
 

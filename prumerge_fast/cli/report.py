@@ -11,6 +11,7 @@ import statistics
 import string
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -97,10 +98,9 @@ def _median_ms(times: Sequence[StageTimes], stage: str) -> float | None:
     return None if None in seconds else 1000 * statistics.median(seconds)
 
 
-def comparison_table(title: str, results: dict[str, dict[str, Any]]) -> Table:
+def comparison_table(results: dict[str, dict[str, Any]]) -> Table:
     """A table with one column for each policy, from `summarise`'s rows by policy name."""
-    caption = "Times: median per question. Prefill includes the projector."
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    table = Table()
     table.add_column("")
     for policy in results:
         table.add_column(policy, justify="right")
@@ -137,7 +137,8 @@ def answers_table(answers: dict[str, list[Answer]]) -> Table:
     for heading in ("image", "question", *answers):
         table.add_column(heading, overflow="fold")
     for said in zip(*answers.values(), strict=True):
-        table.add_row(said[0].item.image, said[0].item.text, *(answer.text for answer in said))
+        item = said[0].item
+        table.add_row(Path(item.image).name, item.text, *(answer.text for answer in said))
     return table
 
 
@@ -159,7 +160,7 @@ def provenance(command: list[str], device: torch.device) -> dict[str, Any]:
         "versions": versions(),
         "machine": {
             "platform": platform.platform(),
-            "processor": platform.machine(),
+            "processor": _processor(),
             "cpus": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -168,14 +169,24 @@ def provenance(command: list[str], device: torch.device) -> dict[str, Any]:
     }
 
 
+def _processor() -> str:
+    """The processor's name, where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()} ({platform.machine()})"
+    return platform.processor() or platform.machine()
+
+
 def print_json(result: Any) -> None:
     """Writes a result to standard output as JSON."""
     print(json.dumps(result, indent=2, ensure_ascii=False))
 
 
 def console() -> Console:
-    """Standard output, for tables."""
-    return Console()
+    """Standard output, for tables; brackets and colons in answers are no markup."""
+    return Console(markup=False, emoji=False, highlight=False)
 
 
 def messages() -> Console:

@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from prumerge_fast.cli import report
 from prumerge_fast.cli.inputs import InputError, image_by_name
 from prumerge_fast.cli.models import Loaded, check_keep, check_pixels, load
 from prumerge_fast.config import PruMergeConfig
 from prumerge_fast.dispatch import prune_merge, resolve_backend
+from prumerge_fast.reference import nearest
 from prumerge_fast.vision import encode
 
 PANEL = 480  # pixels of one panel's side, at least
@@ -66,9 +68,8 @@ def run(options: ShowOptions) -> None:
     centres = [index for index in merged.kept[0].tolist() if index >= 0]
     attention = merged.attention[0].float().cpu()  # [N]
     strongest = sorted(centres, key=lambda index: -float(attention[index]))[:STRONGEST]
-    links = {
-        centre: neighbours(keys[0, 1:], centre, options.config.neighbours) for centre in strongest
-    }
+    unit_keys = normalize(keys[0, 1:].float(), dim=-1)  # [N, C]
+    links = {centre: nearest(unit_keys, centre, options.config.neighbours) for centre in strongest}
     picture = draw(seen_image(loaded, pixel_values[0]), attention, centres, links)
     try:
         picture.save(output)
@@ -96,14 +97,6 @@ def run(options: ShowOptions) -> None:
         print(f"{output}: {tokens} of {len(attention)} visual tokens")
 
 
-def neighbours(keys: Tensor, centre: int, count: int) -> list[int]:
-    """The `count` patches, at most all others, whose keys [N, C] are most similar to a centre's."""
-    keys = torch.nn.functional.normalize(keys.float(), dim=-1)  # [N, C]
-    similarity = keys @ keys[centre]  # [N]
-    similarity[centre] = -torch.inf
-    return similarity.topk(min(count, len(keys) - 1)).indices.tolist()
-
-
 def seen_image(loaded: Loaded, pixel_values: Tensor) -> Image.Image:
     """The image as the vision tower sees it, from its processed pixels [3, H, W]."""
     processor = loaded.processor.image_processor
@@ -128,7 +121,7 @@ def draw(
     grid = _Grid(image, round(len(attention) ** 0.5))
     most = max((len(near) for near in links.values()), default=0)
     panels = {
-        "class attention": _draw_attention(grid, attention),
+        f"class attention, at most {attention.max():.1%}": _draw_attention(grid, attention),
         f"{len(centres)} of {len(attention)} patches kept, in order": _draw_centres(grid, centres),
         f"{len(links)} strongest centres, {most} neighbours each": _draw_links(
             grid, centres, links

@@ -91,7 +91,7 @@ def measure(
             is_image = inputs["input_ids"] == model.config.image_token_id
             visual_tokens = is_image.sum(1).tolist()
         else:
-            visual_tokens = torch.as_tensor(model.prumerge.last_lengths).tolist()
+            visual_tokens = list(model.prumerge.last_lengths)
     prompt_length = inputs["input_ids"].shape[1]
     return Measurement(
         output.sequences[:, prompt_length:].cpu(),

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from prumerge_fast.demo import IMAGE_TOKEN, SUFFIX
-from prumerge_fast.demo.scenes import make_scene
+from prumerge_fast.demo.scenes import PLACE, make_scene
 
 IMAGE_SIZE = 168
 PATCH_SIZE = 12
@@ -71,7 +71,7 @@ def _corpus() -> list[str]:
     for index in range(_CORPUS_SCENES):
         scene = make_scene("train", index)
         texts.append(f"USER: {SUFFIX.format(question=DESCRIBE)} {scene.describe()}")
-        for question in scene.questions():
+        for question in [*scene.questions(), *filter(None, [scene.question(PLACE)])]:
             texts.append(SUFFIX.format(question=question.text) + f" {question.answer}")
     return texts
 

@@ -34,6 +34,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 RADII = (0.058, 0.078, 0.104)  # small, medium, large: a share of the picture's side
 KINDS = ("existence", "colour", "shape", "count", "position")
+PLACE = "place"  # asked in training only: where an object is, in two words
 SPLITS = ("train", "validation", "test")
 MAX_COUNT = 4
 
@@ -65,7 +66,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Question:
-    """A question of one of `KINDS` with its only right answer (one lower-case word or digit)."""
+    """A question with its only right answer: one lower-case word or digit (`PLACE`: two words)."""
 
     kind: str
     text: str
@@ -84,11 +85,18 @@ class Scene:
     def pairs(self) -> frozenset[tuple[str, str]]:
         return frozenset(item.pair for item in self.objects)
 
+    def stream(self, purpose: str) -> np.random.Generator:
+        """Random numbers of this scene's own, the same at every call with the same `purpose`."""
+        return np.random.default_rng(
+            # Python's hash of a string differs from run to run, hence the bytes.
+            [SPLITS.index(self.split), self.index, *purpose.encode()]
+        )
+
     def render(self, size: int = 168) -> Image.Image:
         """Draws the scene as an RGB image of `size` x `size` pixels."""
         if size < 16:
             raise ValueError(f"size: expected at least 16 pixels, got {size}")
-        rng = self._rng("picture")
+        rng = self.stream("picture")
         image = _background(rng, size)
         for item in self.objects:
             _draw_object(image, item, _jitter(rng, COLOURS[item.colour]))
@@ -96,9 +104,9 @@ class Scene:
 
     def question(self, kind: str, variant: int = 0) -> Question | None:
         """The `variant`-th question of a kind, or None where the scene does not allow that kind."""
-        if kind not in KINDS:
-            raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-        return _ASK[kind](self, self._rng(f"{kind}-{variant}"))
+        if kind not in _ASK:
+            raise ValueError(f"kind: expected one of {', '.join(_ASK)}, got {kind!r}")
+        return _ASK[kind](self, self.stream(f"{kind}-{variant}"))
 
     def questions(self, variant: int = 0) -> list[Question]:
         """One question of every kind that the scene allows."""
@@ -109,9 +117,6 @@ class Scene:
         """A caption that names every object with its place, from left to right."""
         ordered = sorted(self.objects, key=lambda item: item.x)
         return ", ".join(f"{item.name} {_place(item)}" for item in ordered)
-
-    def _rng(self, purpose: str) -> np.random.Generator:
-        return _stream(self.split, self.index, purpose)
 
 
 def make_scene(split: str, index: int) -> Scene:
@@ -124,7 +129,7 @@ def make_scene(split: str, index: int) -> Scene:
         raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
     if index < 0:
         raise ValueError(f"index: expected 0 or more, got {index}")
-    rng = _stream(split, index, "objects")
+    rng = Scene(split, index, ()).stream("objects")
     wanted = int(rng.integers(_OBJECTS[0], _OBJECTS[1] + 1))
     pairs = [_random_pair(rng) for _ in range(wanted)]
     if rng.random() < 0.6:  # counting needs scenes where something occurs more than once
@@ -159,11 +164,6 @@ def _scenes(split: str) -> Iterator[Scene]:
     while True:
         yield make_scene(split, index)
         index += 1
-
-
-def _stream(split: str, index: int, purpose: str) -> np.random.Generator:
-    # Python's hash of a string differs from run to run, hence the bytes.
-    return np.random.default_rng([SPLITS.index(split), index, *purpose.encode()])
 
 
 # Composition
@@ -380,27 +380,36 @@ def _count(scene: Scene, rng: np.random.Generator) -> Question:
 
 
 def _position(scene: Scene, rng: np.random.Generator) -> Question | None:
-    """Yes or no, with equal chances: is one object left of, right of, above or below another?"""
-    unique = [o for o in scene.objects if sum(o.pair == other.pair for other in scene.objects) == 1]
-    relations = [("left of", "x", -1), ("right of", "x", 1), ("above", "y", -1), ("below", "y", 1)]
+    """Left or right of, above or below another object; both answers are equally likely."""
+    unique = _unique(scene)
     candidates = [
-        (first, second, relation, sign * (getattr(first, axis) - getattr(second, axis)) > 0)
+        (first, second, axis)
         for first in unique
         for second in unique
-        for relation, axis, sign in relations
-        if first is not second and abs(getattr(first, axis) - getattr(second, axis)) > _CLEAR_OFFSET
+        for axis in ("x", "y")
+        if abs(getattr(first, axis) - getattr(second, axis)) > _CLEAR_OFFSET
     ]
-    wanted = bool(rng.random() < 0.5)
-    candidates = [candidate for candidate in candidates if candidate[3] == wanted]
     if not candidates:
         return None
-    first, second, relation, holds = candidates[rng.integers(len(candidates))]
+    first, second, axis = candidates[rng.integers(len(candidates))]
+    smaller, larger = ("left", "right") if axis == "x" else ("above", "below")
+    between = "or right of" if axis == "x" else "or below"
     text = _either(
         rng,
-        f"Is the {first.name} {relation} the {second.name}?",
-        f"Do you see the {first.name} {relation} the {second.name}?",
+        f"Is the {first.name} {smaller} {between} the {second.name}?",
+        f"Do you see the {first.name} {smaller} {between} the {second.name}?",
     )
-    return Question("position", text, "yes" if holds else "no")
+    is_smaller = getattr(first, axis) < getattr(second, axis)
+    return Question("position", text, smaller if is_smaller else larger)
+
+
+def _where(scene: Scene, rng: np.random.Generator) -> Question | None:
+    unique = _unique(scene)
+    if not unique:
+        return None
+    item = unique[rng.integers(len(unique))]
+    text = _either(rng, f"Where is the {item.name}?", f"In which part is the {item.name}?")
+    return Question(PLACE, text, _place(item))
 
 
 _ASK = {
@@ -409,7 +418,13 @@ _ASK = {
     "shape": _shape,
     "count": _count,
     "position": _position,
+    PLACE: _where,
 }
+
+
+def _unique(scene: Scene) -> list[SceneObject]:
+    """The objects that "the red circle" can mean."""
+    return [o for o in scene.objects if sum(o.pair == other.pair for other in scene.objects) == 1]
 
 
 def _only(scene: Scene, rng: np.random.Generator, attribute: str) -> SceneObject | None:

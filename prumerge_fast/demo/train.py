@@ -1,6 +1,7 @@
 """Trains the demo model: LLaVA's recipe (Liu et al. 2023, arXiv 2304.08485) in small.
 
-Run it with `python -m prumerge_fast.demo.train --output runs/demo`. Three stages, as in LLaVA:
+Run it with `python -m prumerge_fast.demo.train --output runs/demo`. The stages are LLaVA's, with
+one more for short answers:
 
 1. *Tower.* A CLIP-style vision tower learns what is in the picture. Its class token predicts the
    set of objects (how many there are of each colour and shape, and where); its patch tokens at
@@ -8,7 +9,9 @@ Run it with `python -m prumerge_fast.demo.train --output runs/demo`. Three stage
    arXiv 2104.10858). So the class attention of the last layer has a reason to look at objects.
 2. *Alignment.* The projector and the language model learn to describe pictures; tower frozen.
    (LLaVA trains the projector alone here, but its language model is pre-trained, ours is not.)
-3. *Instruction tuning.* The same weights learn to answer questions; tower frozen.
+3. *Instruction tuning.* The same weights learn to answer questions; tower frozen. Positions of the
+   image are randomised and some tokens scaled down (see `conversations`).
+4. *Answers.* The same with questions alone, so that the model stops behind its answer.
 
 No stage knows about PruMerge. Every step draws scenes never drawn before, so nothing is memorised
 and an interrupted run goes on from its checkpoint with the scenes that come next.
@@ -35,7 +38,12 @@ from transformers import LlavaForConditionalGeneration
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from prumerge_fast.demo import recipe
-from prumerge_fast.demo.conversations import Conversations, Turn, conversation_loss
+from prumerge_fast.demo.conversations import (
+    Conversations,
+    Turn,
+    conversation_loss,
+    token_scales,
+)
 from prumerge_fast.demo.scenes import Scene, make_scene
 from prumerge_fast.demo.set_prediction import SetPrediction
 
@@ -61,12 +69,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The whole run; the defaults made the weights that ship."""
+    """The whole run; the defaults are the recipe of the weights that ship (see their card)."""
 
     tower: Stage = field(default_factory=lambda: Stage(3200, 32, 1e-3))
     align: Stage = field(default_factory=lambda: Stage(400, 24, 1e-3))
-    instruct: Stage = field(default_factory=lambda: Stage(3600, 24, 1e-3))
-    turns: int = 10  # questions asked about each scene in stage 3
+    instruct: Stage = field(default_factory=lambda: Stage(4600, 24, 1e-3))
+    answer: Stage = field(default_factory=lambda: Stage(900, 24, 4e-4))
+    turns: int = 10  # questions asked about each scene in stages 3 and 4
     seed: int = 0
     save_every: int = 200
     workers: int = 1
@@ -82,6 +91,7 @@ class TrainConfig:
             tower=scale(self.tower),
             align=scale(self.align),
             instruct=scale(self.instruct),
+            answer=scale(self.answer),
         )
 
 
@@ -143,11 +153,21 @@ class Run:
     def lessons(self) -> list[Lesson]:
         tower = [*self.model.model.vision_tower.parameters(), *self.heads.parameters()]
         language = [p for name, p in self.model.named_parameters() if "vision_tower" not in name]
-        describe, ask = self.conversations.description, self.conversations.questions
+        talk = self.conversations
         return [
             Lesson("tower", self.config.tower, tower, self._tower_loss),
-            Lesson("align", self.config.align, language, partial(self._language_loss, describe)),
-            Lesson("instruct", self.config.instruct, language, partial(self._language_loss, ask)),
+            Lesson(
+                "align", self.config.align, language, partial(self._language_loss, talk.description)
+            ),
+            Lesson(
+                "instruct",
+                self.config.instruct,
+                language,
+                partial(self._language_loss, talk.instructions),
+            ),
+            Lesson(
+                "answer", self.config.answer, language, partial(self._language_loss, talk.questions)
+            ),
         ]
 
     def _tower_loss(self, pixels: Tensor, scenes: list[Scene]) -> dict[str, Tensor]:
@@ -157,8 +177,12 @@ class Run:
     def _language_loss(
         self, turns: Callable[[Scene], list[Turn]], pixels: Tensor, scenes: list[Scene]
     ) -> dict[str, Tensor]:
-        batch = self.conversations.batch([turns(scene) for scene in scenes])
-        return {"answers": conversation_loss(self.model, pixels, self.conversations.prefix, batch)}
+        batch = self.conversations.batch(
+            [turns(scene) for scene in scenes], [self.conversations.span(scene) for scene in scenes]
+        )
+        scales = token_scales(scenes)
+        prefix = self.conversations.prefix
+        return {"answers": conversation_loss(self.model, pixels, prefix, batch, scales)}
 
     def save(self, stage: int, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Replaces the checkpoint at once: an interruption leaves the old one or the new one."""

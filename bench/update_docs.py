@@ -1,0 +1,137 @@
+"""Writes the tables of README.md and of the demo's model card from the committed result files.
+
+    python bench/update_docs.py           # after new results
+    python bench/update_docs.py --check   # exit code 1 if a table is stale
+
+A table stands between `<!-- results:NAME -->` and `<!-- /results:NAME -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+DOCUMENTS = (ROOT / "README.md", ROOT / "prumerge_fast" / "demo" / "tiny-llava" / "README.md")
+
+
+def comparison() -> str:
+    """What `prumerge-fast compare --json` measured: a column for each policy."""
+    run = _read("demo-compare.json")
+    policies = run["results"]
+
+    def row(title: str, cell: Callable[[dict[str, Any]], str]) -> str:
+        return f"| {title} | " + " | ".join(cell(policy) for policy in policies.values()) + " |"
+
+    def milliseconds(stage: str) -> Callable[[dict[str, Any]], str]:
+        def cell(policy: dict[str, Any]) -> str:
+            value = policy["milliseconds"][stage]
+            return "–" if value is None else f"{value:.1f} ms"
+
+        return cell
+
+    plain = next(iter(policies.values()))
+    lines = [
+        "| | " + " | ".join(policies) + " |",
+        "|---|" + "---:|" * len(policies),
+        row("visual tokens (mean)", lambda p: f"{p['visual_tokens']['mean']:.1f}"),
+        row("vision tower", milliseconds("vision")),
+        row("prune + merge", milliseconds("prune_merge")),
+        row("prefill", milliseconds("prefill")),
+        row("decode", milliseconds("decode")),
+        row("whole answer", milliseconds("total")),
+        row("KV cache", lambda p: f"{p['kv_cache_bytes'] / 1024:.0f} KiB"),
+        row("**accuracy**", lambda p: f"**{p['accuracy']:.1%}**"),
+        *(
+            row(f"– {kind}", lambda p, kind=kind: f"{p['accuracy_by_category'][kind]:.1%}")
+            for kind in plain["accuracy_by_category"]
+        ),
+        row("same answer as LLaVA", lambda p: f"{p['agreement']:.1%}"),
+        "",
+        f"{run['questions']} questions on scenes never trained on; medians per question. "
+        + _provenance(run, "demo-compare.json"),
+    ]
+    return "\n".join(lines)
+
+
+def speed() -> str:
+    """What the pytest-benchmark files of `bench/` hold: ratios to a baseline run in turn."""
+    lines = [
+        "| at CLIP ViT-L/14-336's shape | baseline | prumerge_fast | ratio (quartiles) |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, title in {
+        "prune-merge-cpu.json": "vectorised `prune_merge` against the reference loop",
+        "vision-cpu.json": "patched vision path against the unpatched one",
+    }.items():
+        run = _read(name)
+        for benchmark in run["benchmarks"]:
+            info = benchmark["extra_info"]
+            low, high = info["ratio_quartiles"]
+            case = benchmark["param"].replace("-", ", ") if benchmark["param"] else ""
+            if "batch" in info:
+                case = f"{case.split(', ', 1)[1]}, B = {info['batch']}"
+            lines.append(
+                f"| {title}, {case} | {info['baseline_median_ms']:.1f} ms "
+                f"| {info['median_ms']:.1f} ms "
+                f"| **{info['ratio_median']:.2f}** ({low:.2f}–{high:.2f}) |"
+            )
+    cpu = run["machine_info"]["cpu"]
+    lines += [
+        "",
+        "Medians of rounds run in turn; `pytest bench/bench_*.py` on "
+        f"{cpu['brand_raw']}, {info['threads']} threads, torch {info['versions']['torch']}, "
+        f"transformers {info['versions']['transformers']}, {run['datetime'][:10]}; "
+        "all figures: `bench/results/*-cpu.json`.",
+    ]
+    return "\n".join(lines)
+
+
+def _read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text())
+
+
+def _provenance(run: dict[str, Any], name: str) -> str:
+    versions, machine = run["versions"], run["machine"]
+    where = machine["processor"] if machine["device"] == "cpu" else machine["device"]
+    return (
+        f"`{' '.join(run['command'])}` on {where}, {machine['threads']} threads, "
+        f"torch {versions['torch']}, transformers {versions['transformers']}, "
+        f"{run['date'][:10]}; all figures: `bench/results/{name}`."
+    )
+
+
+TABLES = {"comparison": comparison, "speed": speed}
+
+
+def updated(text: str) -> str:
+    """A document with every table written anew."""
+
+    def replace(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}"
+
+    pattern = r"(<!-- results:(\w+) -->).*?(<!-- /results:\2 -->)"
+    return re.sub(pattern, replace, text, flags=re.DOTALL)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, only compare")
+    check = parser.parse_args().check
+    stale = [path for path in DOCUMENTS if updated(path.read_text()) != path.read_text()]
+    for path in stale:
+        if check:
+            print(f"{path.relative_to(ROOT)}: stale, run python bench/update_docs.py")
+        else:
+            path.write_text(updated(path.read_text()))
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,227 @@
+"""`forward` of a patched model: the prompt shrinks with its images before the model sees it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prumerge_fast.adapters.base import Adapter, ImageTokens
+from prumerge_fast.prompt import (
+    PromptLayout,
+    padding_side,
+    remember_layout,
+    remembered_layout,
+    shrink_prompt,
+)
+from prumerge_fast.versions import image_features_output
+
+IGNORED_LABEL = -100  # what transformers' losses skip
+# Arguments with one value per token of the prompt, beside ids, mask and positions, and their fill.
+_PER_TOKEN = {"labels": IGNORED_LABEL, "token_type_ids": 0, "mm_token_type_ids": 0}
+
+
+def named_arguments(method: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call by name, those of a `**kwargs` parameter among them."""
+    signature = inspect.signature(method)
+    arguments = signature.bind(*args, **kwargs).arguments
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            arguments.update(arguments.pop(name, {}))
+    return arguments
+
+
+def forward(
+    model: Any,
+    adapter: Adapter,
+    original: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Run `original`, the model's own `forward`, on the shrunk form of what the caller passed."""
+    if (
+        len(args) <= 1  # nothing but input_ids
+        and not adapter.has_images(kwargs)
+        and remembered_layout(kwargs.get("past_key_values")) is None
+    ):
+        return original(*args, **kwargs)
+    arguments = named_arguments(original, *args, **kwargs)
+    images = take_images(adapter, arguments)
+    cache = arguments.get("past_key_values")
+    if adapter.has_images(images):
+        check_cache_is_empty(cache)
+        return _forward_with_images(model, adapter, original, arguments, images)
+    layout = remembered_layout(cache)
+    if layout is not None:
+        _continue_prompt(arguments, layout)
+    return original(**arguments, **images)
+
+
+def get_image_features(
+    model: Any,
+    adapter: Adapter,
+    original: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """The reduced, projected tokens [m, D] of each image, in the form of `original`.
+
+    Of the output that transformers 5 returns, only `pooler_output` is set.
+    """
+    arguments = named_arguments(original, *args, **kwargs)
+    images = take_images(adapter, arguments)
+    return_dict = _returns_dict(model, arguments)
+    if arguments:
+        raise TypeError(
+            f"get_image_features: expected {', '.join(adapter.image_arguments)} or return_dict on "
+            f"a patched model, got {', '.join(arguments)}"
+        )
+    encoded = encode_images(model, adapter, images)
+    return image_features_output(list(encoded.features.split(encoded.lengths)), return_dict)
+
+
+def take_images(adapter: Adapter, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Remove the arguments that describe images and return them."""
+    return {name: arguments.pop(name) for name in adapter.image_arguments if name in arguments}
+
+
+def check_cache_is_empty(cache: Any) -> None:
+    """Raise `ValueError` if images come together with a cache that holds an earlier prompt."""
+    if cache is not None and int(cache.get_seq_length()) > 0:
+        raise ValueError(
+            "past_key_values: expected an empty cache together with new images, got one that "
+            f"holds {int(cache.get_seq_length())} tokens; start anew with the whole prompt"
+        )
+
+
+def encode_images(model: Any, adapter: Adapter, images: Mapping[str, Any]) -> ImageTokens:
+    """Encode, prune, merge and project; note the lengths on `model.prumerge`."""
+    state = model.prumerge
+    encoded = adapter.encode(model, images, state.config, state.backend)
+    state.last_lengths = tuple(encoded.lengths)
+    return encoded
+
+
+def embed_prompt(
+    model: Any,
+    adapter: Adapter,
+    layout: PromptLayout,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    encoded: ImageTokens,
+) -> Tensor:
+    """Embeddings [B, S, D] of the shrunk prompt, with the visual tokens in place."""
+    is_image = layout.gather(input_ids == adapter.image_token_id(model), False)  # [B, S]
+    embeds = model.get_input_embeddings()(layout.ids(input_ids, attention_mask))  # [B, S, D]
+    features = encoded.features.to(embeds.device, embeds.dtype)  # [sum of lengths, D]
+    return embeds.masked_scatter(is_image.to(embeds.device)[..., None], features)
+
+
+def check_prompt(input_ids: Any, attention_mask: Any, inputs_embeds: Any) -> None:
+    """Raise `ValueError` unless images come with ids [B, L] and a mask [B, L] or none."""
+    if inputs_embeds is not None:
+        raise ValueError(
+            "inputs_embeds: expected None together with images on a patched model, which has to "
+            "see the image tokens in input_ids to shrink the prompt"
+        )
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
+        got = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise ValueError(f"input_ids: expected a tensor [B, L] together with images, got {got}")
+    if attention_mask is None:
+        return
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
+        got = (
+            list(attention_mask.shape)
+            if isinstance(attention_mask, Tensor)
+            else type(attention_mask).__name__
+        )
+        raise ValueError(
+            f"attention_mask: expected the shape of input_ids, {list(input_ids.shape)}, got {got}"
+        )
+
+
+def _forward_with_images(
+    model: Any,
+    adapter: Adapter,
+    original: Callable[..., Any],
+    arguments: dict[str, Any],
+    images: Mapping[str, Any],
+) -> Any:
+    input_ids = arguments.pop("input_ids", None)
+    attention_mask = arguments.pop("attention_mask", None)
+    check_prompt(input_ids, attention_mask, arguments.pop("inputs_embeds", None))
+    if not isinstance(arguments.get("logits_to_keep", 0), int):
+        raise ValueError(
+            "logits_to_keep: expected an int (the last positions) together with images on a "
+            "patched model, whose logits have the length of the shrunk prompt, got indices"
+        )
+    if arguments.get("shift_labels") is not None:
+        raise ValueError(
+            "shift_labels: expected None together with images on a patched model; pass labels, "
+            "which shrink with the prompt"
+        )
+    encoded = encode_images(model, adapter, images)
+    layout = shrink_prompt(
+        input_ids,
+        attention_mask,
+        adapter.image_token_id(model),
+        encoded.placeholders,
+        encoded.lengths,
+        padding_side=padding_side(attention_mask),
+    )
+    arguments["inputs_embeds"] = embed_prompt(
+        model, adapter, layout, input_ids, attention_mask, encoded
+    )
+    arguments["attention_mask"] = layout.mask(attention_mask)
+    if arguments.get("position_ids") is not None:
+        arguments["position_ids"] = layout.positions(arguments["position_ids"])
+    for name, fill in _PER_TOKEN.items():
+        if arguments.get(name) is not None:
+            arguments[name] = layout.gather(arguments[name], fill)
+    arguments.pop("cache_position", None)  # 0 .. L-1; the model counts the shrunk prompt itself
+
+    return_dict = _returns_dict(model, arguments)
+    outputs = original(**arguments, return_dict=True)
+    outputs["image_hidden_states"] = encoded.features
+    if outputs.past_key_values is not None:
+        remember_layout(outputs.past_key_values, layout)
+    return outputs if return_dict else outputs.to_tuple()
+
+
+def _returns_dict(model: Any, arguments: dict[str, Any]) -> bool:
+    """Remove `return_dict` from the arguments; what it asks for, or the model's default."""
+    return_dict = arguments.pop("return_dict", None)
+    return bool(model.config.return_dict if return_dict is None else return_dict)
+
+
+def _continue_prompt(arguments: dict[str, Any], layout: PromptLayout) -> None:
+    """Translate the arguments of a step behind a shrunk prompt, in place."""
+    new = arguments.get("input_ids")
+    if new is None:
+        new = arguments["inputs_embeds"]
+    rows, steps = new.shape[:2]
+    layout = layout.for_rows(rows)
+    cached = int(arguments["past_key_values"].get_seq_length())
+    callers_length = cached + layout.removed + steps
+    mask = arguments.get("attention_mask")
+    counts_shrunk_prompt = False
+    if mask is None:
+        prompt = layout.mask(None)
+        if prompt is not None:
+            later = prompt.new_ones(rows, cached + steps - layout.shrunk_length)
+            arguments["attention_mask"] = torch.cat([prompt, later], dim=1)
+    elif mask.ndim == 2 and mask.shape[1] == callers_length:
+        arguments["attention_mask"] = layout.gather(mask, 0)
+    elif mask.ndim == 2 and mask.shape[1] == cached + steps:
+        counts_shrunk_prompt = True
+    else:
+        raise ValueError(
+            f"attention_mask: expected [{rows}, {callers_length}], as the prompt was passed, or "
+            f"[{rows}, {cached + steps}], as it was pruned, got {list(mask.shape)}"
+        )
+    if arguments.get("position_ids") is not None and not counts_shrunk_prompt:
+        arguments["position_ids"] = layout.later_positions(arguments["position_ids"])
+    arguments.pop("cache_position", None)  # counts the caller's prompt; the model knows its cache

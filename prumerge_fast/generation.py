@@ -1,0 +1,327 @@
+"""`generate` of a patched model: decodes behind the shrunk prompt, answers behind the caller's.
+
+The images are encoded before decoding starts, because the length of the prompt depends on them, and
+transformers' own `generate` gets the shrunk prompt as embeddings. What the caller sees or has a say
+in, ids, lengths, streamers, logits processors, stopping criteria, counts the prompt as passed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prumerge_fast.adapters.base import Adapter
+from prumerge_fast.forward import (
+    check_cache_is_empty,
+    check_prompt,
+    embed_prompt,
+    encode_images,
+    named_arguments,
+    take_images,
+)
+from prumerge_fast.prompt import (
+    PromptLayout,
+    forget_layout,
+    remember_layout,
+    remembered_layout,
+    shrink_prompt,
+)
+
+# Made by `generate` itself, these look at positions only, and count the shrunk prompt.
+_COUNT_POSITIONS = {
+    "ExponentialDecayLengthPenalty",
+    "ForcedBOSTokenLogitsProcessor",
+    "ForcedEOSTokenLogitsProcessor",
+    "MaxLengthCriteria",
+    "MaxTimeCriteria",
+    "MinLengthLogitsProcessor",
+    "MinNewTokensLengthLogitsProcessor",
+    "SuppressTokensAtBeginLogitsProcessor",
+}
+# Options that transformers does not combine with embeddings as the prompt.
+_UNSUPPORTED = {
+    "assistant_model": "assisted decoding",
+    "assistant_early_exit": "assisted decoding",
+    "prompt_lookup_num_tokens": "assisted decoding",
+    "use_mtp": "assisted decoding",
+    "prefill_chunk_size": "prefilling in chunks",
+    "token_healing": "token healing",
+    "return_legacy_cache": "a cache as a tuple",
+}
+
+
+class CallersPrompt:
+    """The prompt as the caller passed it, in place of its shrunk form at the head of sequences.
+
+    Args:
+        input_ids: [B, L].
+        attention_mask: [B, L].
+        shrunk_length: S.
+    """
+
+    def __init__(self, input_ids: Tensor, attention_mask: Tensor, shrunk_length: int) -> None:
+        self.input_ids = input_ids
+        self.attention_mask = attention_mask
+        self.shrunk_length = shrunk_length
+
+    def restore(self, sequences: Tensor) -> Tensor:
+        """Sequences [r * B, S + g], r of each prompt in a row, as [r * B, L + g]."""
+        prompt = _repeat_to(self.input_ids, sequences.shape[0]).to(sequences.device)
+        return torch.cat([prompt, sequences[:, self.shrunk_length :]], dim=1)
+
+
+class WithCallersPrompt(list):
+    """The caller's logits processors or stopping criteria, on their way into `generate`."""
+
+    def __init__(self, items: Iterable[Any] | None, prompt: CallersPrompt) -> None:
+        super().__init__(items or ())
+        self.prompt = prompt
+
+
+class _Restored:
+    """A logits processor or stopping criterion that is shown the prompt as the caller passed it."""
+
+    def __init__(self, inner: Any, prompt: CallersPrompt) -> None:
+        self._inner = inner
+        self._prompt = prompt
+
+    def __call__(self, input_ids: Tensor, scores: Any) -> Any:
+        return self._inner(self._prompt.restore(input_ids), scores)
+
+    def __getattr__(self, name: str) -> Any:  # `generate` asks criteria for `eos_token_id`
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._inner, name)
+
+
+class _RestoredStreamer:
+    """A streamer that is given the prompt as the caller passed it, then the new tokens."""
+
+    def __init__(self, inner: Any, prompt: CallersPrompt) -> None:
+        self._inner = inner
+        self._prompt: CallersPrompt | None = prompt
+
+    def put(self, value: Tensor) -> None:
+        if self._prompt is not None:
+            value, self._prompt = self._prompt.restore(value), None
+        self._inner.put(value)
+
+    def end(self) -> None:
+        self._inner.end()
+
+
+def generate(
+    model: Any,
+    adapter: Adapter,
+    original: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Run `original`, the model's own `generate`, on the shrunk form of what the caller passed."""
+    arguments = named_arguments(original, *args, **kwargs)
+    images = take_images(adapter, arguments)
+    cache = arguments.get("past_key_values")
+    layout = remembered_layout(cache)
+    if layout is not None:
+        return _generate_later_turn(model, adapter, original, arguments, layout)
+    if not adapter.has_images(images):
+        return original(*args, **kwargs)
+    check_cache_is_empty(cache)
+    _check_options(model, arguments)
+
+    input_ids = _take_prompt(arguments)
+    attention_mask = arguments.pop("attention_mask", None)
+    check_prompt(input_ids, attention_mask, arguments.pop("inputs_embeds", None))
+    if attention_mask is None:
+        attention_mask = _inferred_mask(model, arguments, input_ids)
+    encoded = encode_images(model, adapter, images)
+    layout = shrink_prompt(
+        input_ids,
+        attention_mask,
+        adapter.image_token_id(model),
+        encoded.placeholders,
+        encoded.lengths,
+        padding_side="left",  # decoding appends on the right
+    )
+    arguments["inputs_embeds"] = embed_prompt(
+        model, adapter, layout, input_ids, attention_mask, encoded
+    )
+    return _generate_behind(model, original, arguments, layout, input_ids, attention_mask)
+
+
+def _generate_later_turn(
+    model: Any,
+    adapter: Adapter,
+    original: Callable[..., Any],
+    arguments: dict[str, Any],
+    layout: PromptLayout,
+) -> Any:
+    """Go on from a cache that holds an earlier, shrunk prompt and perhaps its answer."""
+    cache = arguments["past_key_values"]
+    input_ids = _take_prompt(arguments)
+    check_prompt(input_ids, None, arguments.get("inputs_embeds"))
+    rows, length = input_ids.shape
+    layout = layout.for_rows(rows)
+    attention_mask = arguments.pop("attention_mask", None)
+    if attention_mask is None:
+        attention_mask = _inferred_mask(model, arguments, input_ids)
+    held = int(cache.get_seq_length()) + layout.removed  # columns of the caller's, in the cache
+    if length <= held or attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            "input_ids and attention_mask: expected the whole conversation, more than the "
+            f"{held} tokens whose keys and values past_key_values holds, got "
+            f"{list(input_ids.shape)} and {list(attention_mask.shape)}"
+        )
+    if (input_ids[:, held:] == adapter.image_token_id(model)).any():
+        raise ValueError(
+            "input_ids: expected no image behind the tokens in past_key_values on a patched "
+            "model; pass the conversation without past_key_values"
+        )
+    forget_layout(cache)  # until `generate` is through: it counts what the cache holds
+    try:
+        return _generate_behind(model, original, arguments, layout, input_ids, attention_mask)
+    finally:
+        remember_layout(cache, layout)
+
+
+def _generate_behind(
+    model: Any,
+    original: Callable[..., Any],
+    arguments: dict[str, Any],
+    layout: PromptLayout,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+) -> Any:
+    """Decode behind the shrunk prompt and hand back what the caller expects."""
+    _shift_lengths(model, arguments, layout.removed, input_ids.shape[1])
+    shrunk_ids = layout.ids(input_ids, attention_mask)
+    prompt = CallersPrompt(input_ids, attention_mask, shrunk_ids.shape[1])
+    arguments["input_ids"] = shrunk_ids
+    arguments["attention_mask"] = layout.mask(attention_mask)
+    if arguments.get("position_ids") is not None:
+        arguments["position_ids"] = layout.positions(arguments["position_ids"])
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        if arguments.get(name) is not None:
+            arguments[name] = layout.gather(arguments[name], 0)
+    for name in ("logits_processor", "stopping_criteria"):
+        arguments[name] = WithCallersPrompt(arguments.get(name), prompt)
+    if arguments.get("streamer") is not None:
+        arguments["streamer"] = _RestoredStreamer(arguments["streamer"], prompt)
+    result = original(**arguments)
+    for cache in (arguments.get("past_key_values"), getattr(result, "past_key_values", None)):
+        if cache is not None:
+            remember_layout(cache, layout)
+    if isinstance(result, Tensor):
+        return prompt.restore(result)
+    result.sequences = prompt.restore(result.sequences)
+    return result
+
+
+def logits_processors(original: Callable[..., Any], **kwargs: Any) -> Any:
+    """`_get_logits_processor` of a patched model: all but mere counters see the caller's prompt."""
+    custom = kwargs["logits_processor"]
+    if not isinstance(custom, WithCallersPrompt):
+        return original(**kwargs)
+    prompt, config = custom.prompt, kwargs["generation_config"]
+    kwargs["encoder_input_ids"] = prompt.input_ids
+    if kwargs.get("model_kwargs") is not None:  # repetition penalties leave out padding
+        repeats = max(config.num_beams or 1, config.num_return_sequences or 1)
+        mask = prompt.attention_mask.repeat_interleave(repeats, 0)
+        kwargs["model_kwargs"] = {**kwargs["model_kwargs"], "attention_mask": mask}
+    return _restored(original(**kwargs), custom)
+
+
+def stopping_criteria(original: Callable[..., Any], **kwargs: Any) -> Any:
+    """`_get_stopping_criteria` of a patched model, as `logits_processors`."""
+    custom = kwargs["stopping_criteria"]
+    criteria = original(**kwargs)
+    return _restored(criteria, custom) if isinstance(custom, WithCallersPrompt) else criteria
+
+
+def _restored(items: Any, custom: WithCallersPrompt) -> Any:
+    """Wrap, in place, what looks at tokens or comes from the caller."""
+    for index, item in enumerate(items):
+        is_custom = any(item is other for other in custom)
+        if is_custom or type(item).__name__ not in _COUNT_POSITIONS:
+            items[index] = _Restored(item, custom.prompt)
+    return items
+
+
+def _repeat_to(tensor: Tensor, rows: int) -> Tensor:
+    return tensor.repeat_interleave(rows // tensor.shape[0], 0)
+
+
+def _take_prompt(arguments: dict[str, Any]) -> Any:
+    """Remove the prompt from the arguments; `generate` takes it by either of two names."""
+    inputs, input_ids = arguments.pop("inputs", None), arguments.pop("input_ids", None)
+    if inputs is not None and input_ids is not None:
+        raise ValueError("inputs and input_ids: expected one of them, got both")
+    return inputs if inputs is not None else input_ids
+
+
+def _option(model: Any, arguments: dict[str, Any], name: str) -> Any:
+    """A generation option as `generate` resolves it: argument, then configuration, then model's."""
+    if arguments.get(name) is not None:
+        return arguments[name]
+    for config in (arguments.get("generation_config"), model.generation_config):
+        if getattr(config, name, None) is not None:
+            return getattr(config, name)
+    return None
+
+
+def _check_options(model: Any, arguments: dict[str, Any]) -> None:
+    for name, title in _UNSUPPORTED.items():
+        if _option(model, arguments, name):
+            raise ValueError(
+                f"{name}: {title} does not work with images on a patched model; "
+                "leave it out or unpatch the model"
+            )
+    if _option(model, arguments, "cache_implementation") == "paged":
+        raise ValueError(
+            "cache_implementation: 'paged' (continuous batching) does not work with images on a "
+            "patched model"
+        )
+    if isinstance(arguments.get("custom_generate"), str):
+        raise ValueError(
+            "custom_generate: expected a callable or None together with images on a patched "
+            f"model, got {arguments['custom_generate']!r}"
+        )
+
+
+def _inferred_mask(model: Any, arguments: dict[str, Any], input_ids: Tensor) -> Tensor:
+    """The mask [B, L] that `generate` assumes when none is given: from the padding id, if clear."""
+    pad = _option(model, arguments, "pad_token_id")
+    end = _option(model, arguments, "eos_token_id")
+    ends = [] if end is None else torch.as_tensor(end).flatten().tolist()
+    if pad is None or int(pad) in ends:
+        return torch.ones_like(input_ids)
+    return (input_ids != int(pad)).long()
+
+
+def _shift_lengths(model: Any, arguments: dict[str, Any], removed: int, length: int) -> None:
+    """Make `max_length` and `min_length`, which count the caller's prompt, count the shrunk one."""
+    config = arguments.get("generation_config")
+    defaults = type(model.generation_config)()
+    for name in ("max_length", "min_length"):
+        limit = arguments.get(name)
+        if limit is None:
+            limit = _option(model, arguments, name)
+            if limit is None or limit == getattr(defaults, name):
+                continue  # the default counts new tokens
+        if name == "max_length":
+            if _option(model, arguments, "max_new_tokens") is not None:
+                continue  # takes precedence
+            if limit <= length:
+                raise ValueError(
+                    f"max_length: expected more than the prompt's {length} tokens, got {limit}; "
+                    "max_new_tokens counts new tokens only"
+                )
+        if config is not None and arguments.get(name) is None:
+            config = arguments["generation_config"] = copy.deepcopy(config)
+            setattr(config, name, max(limit - removed, 0))
+        else:
+            arguments[name] = max(limit - removed, 0)

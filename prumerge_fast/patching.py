@@ -1,0 +1,231 @@
+"""`patch`, `unpatch` and `patched`: LLaVA-PruMerge on one model instance, and off it again.
+
+A patched instance gets a subclass of its own class, of the same name, whose `forward`, `generate`
+and `get_image_features` shrink the prompt. Nothing else changes, on the instance, its modules or
+anywhere in the process, so that undoing it is complete, and saving, copying and pickling work.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, TypeVar
+
+import torch
+
+from prumerge_fast import forward as forward_pass
+from prumerge_fast import generation
+from prumerge_fast.adapters import adapter_for, adapter_for_class
+from prumerge_fast.config import PruMergeConfig
+from prumerge_fast.dispatch import resolve_backend
+from prumerge_fast.errors import UnsupportedModelError
+
+Model = TypeVar("Model")
+
+# Where an instance may hold a `forward`; accelerate's hooks keep that of the class in the second.
+_INSTANCE_FORWARDS = ("forward", "_old_forward")
+
+
+@dataclass
+class PruMergeState:
+    """What a patched model carries as `model.prumerge`.
+
+    Args:
+        config: The options.
+        backend: As asked for: `"auto"`, `"triton"`, `"torch"` or `"reference"`.
+        last_lengths: Tokens of each image when images were last encoded.
+    """
+
+    config: PruMergeConfig
+    backend: str
+    last_lengths: tuple[int, ...] | None = None
+
+
+def patch(
+    model: Model,
+    config: PruMergeConfig | None = None,
+    *,
+    backend: str | None = None,
+    **config_fields: Any,
+) -> Model:
+    """Make a LLaVA prune and merge its visual tokens (LLaVA-PruMerge, arXiv 2403.15388), in place.
+
+    `patch(model)` uses the defaults; `patch(model, keep=64)` sets options. On a patched model it
+    reconfigures: options that are not given stay, unless `config` is given, which replaces all.
+
+    A patched model behaves as before, with shorter prompts: `forward` shortens ids, mask, positions
+    and labels with the images, so its logits have the length of the shrunk prompt, and `generate`
+    returns answers behind the prompt as the caller passed it. Hidden states and attentions have the
+    shrunk length. `get_image_features` returns the reduced features.
+
+    With images, assisted decoding, chunked prefill and embeddings as the prompt raise `ValueError`,
+    as do new images in a later turn that reuses the cache.
+
+    Args:
+        model: A model of a supported family; its weights are not touched.
+        config: The options; `None` for the defaults, or those the model is patched with.
+        backend: `"auto"`, `"triton"`, `"torch"` or `"reference"`; `None` for `"auto"`, or the one
+            that the model is patched with.
+        config_fields: Options of `PruMergeConfig`, over those of `config`.
+
+    Returns:
+        `model`, with its state as `model.prumerge`.
+
+    Raises:
+        UnsupportedModelError: The model's family is unknown, or it is configured in a way that
+            PruMerge does not work with.
+        TypeError: There is no option of that name, or a value has the wrong type.
+        ValueError: A value is out of range.
+        BackendUnavailableError: The backend was asked for by name and cannot run.
+    """
+    adapter = adapter_for(model)
+    instance: Any = model
+    current = instance.prumerge if is_patched(model) else None
+    if config is None:
+        config = PruMergeConfig() if current is None else current.config
+    elif not isinstance(config, PruMergeConfig):
+        raise TypeError(f"config: expected a PruMergeConfig or None, got {type(config).__name__}")
+    config = config.replace(**config_fields)
+    if backend is None:
+        backend = "auto" if current is None else current.backend
+    adapter.check(model)
+    config.budget(adapter.num_patches(model))  # raises when `keep` does not fit
+    resolve_backend(backend, instance.device)
+    if current is None:
+        _check_methods(instance)
+        _change_class(instance, _patched_class(instance.__class__))
+    instance.prumerge = PruMergeState(config, backend)
+    return model
+
+
+def unpatch(model: Model) -> Model:
+    """Make a patched model exactly what it was before.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: The model is not patched.
+        UnsupportedModelError: Its `forward` or `generate` was replaced on the instance since.
+    """
+    if not is_patched(model):
+        raise ValueError(f"model: expected a patched model, got a plain {type(model).__name__}")
+    instance: Any = model
+    _check_methods(instance)
+    del instance.prumerge
+    _change_class(instance, type(model)._prumerge_base)  # type: ignore[attr-defined]
+    return model
+
+
+@contextmanager
+def patched(
+    model: Model,
+    config: PruMergeConfig | None = None,
+    *,
+    backend: str | None = None,
+    **config_fields: Any,
+) -> Iterator[Model]:
+    """`patch` for the duration of a `with` block; then the model is what it was, patched or not.
+
+    Takes the arguments of `patch` and raises its errors.
+    """
+    instance: Any = model
+    before = instance.prumerge if is_patched(model) else None
+    patch(model, config, backend=backend, **config_fields)
+    try:
+        yield model
+    finally:
+        if before is not None:
+            if not is_patched(model):
+                patch(model, before.config, backend=before.backend)
+            instance.prumerge = before
+        elif is_patched(model):
+            unpatch(model)
+
+
+def is_patched(model: object) -> bool:
+    """Whether `patch` was applied to this instance."""
+    return hasattr(type(model), "_prumerge_base")
+
+
+@functools.cache
+def _patched_class(base: Any) -> Any:
+    """The subclass that patched instances of `base` have. Per class: instances hold the state."""
+    adapter = adapter_for_class(base)
+
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        original = super(subclass, self).forward
+        return forward_pass.forward(self, adapter, original, args, kwargs)
+
+    @functools.wraps(base.generate)
+    @torch.no_grad()
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        original = super(subclass, self).generate
+        return generation.generate(self, adapter, original, args, kwargs)
+
+    @functools.wraps(base.get_image_features)
+    def get_image_features(self: Any, *args: Any, **kwargs: Any) -> Any:
+        original = super(subclass, self).get_image_features
+        return forward_pass.get_image_features(self, adapter, original, args, kwargs)
+
+    def _get_logits_processor(self: Any, **kwargs: Any) -> Any:
+        original = super(subclass, self)._get_logits_processor
+        return generation.logits_processors(original, **kwargs)
+
+    def _get_stopping_criteria(self: Any, **kwargs: Any) -> Any:
+        original = super(subclass, self)._get_stopping_criteria
+        return generation.stopping_criteria(original, **kwargs)
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        # The subclass has no importable name; pickles and copies are rebuilt from `base`.
+        _, _, *state = super(subclass, self).__reduce_ex__(protocol)
+        return _new_patched, (base,), *state
+
+    methods: list[Any] = [
+        forward,
+        generate,
+        get_image_features,
+        _get_logits_processor,
+        _get_stopping_criteria,
+        __reduce_ex__,
+    ]
+    names = ("__module__", "__qualname__", "__doc__")
+    namespace = {
+        **{name: getattr(base, name) for name in names},
+        **{method.__name__: method for method in methods},
+        "_prumerge_base": base,
+    }
+    subclass: Any = type(base.__name__, (base,), namespace)
+    return subclass
+
+
+def _new_patched(base: Any) -> Any:
+    subclass = _patched_class(base)
+    return subclass.__new__(subclass)
+
+
+def _check_methods(model: Any) -> None:
+    """Raise if the instance has methods of its own that a change of class would not reach."""
+    own = model.__dict__.get("_old_forward", model.__dict__.get("forward"))
+    if own is not None and getattr(own, "__func__", None) is not type(model).forward:
+        raise UnsupportedModelError(
+            "model: its `forward` was replaced on the instance, which patching and unpatching "
+            "would not reach; undo that first, and patch before wrapping"
+        )
+    if "generate" in model.__dict__:
+        raise UnsupportedModelError(
+            "model: expected the `generate` of its class, but it was replaced on the instance"
+        )
+
+
+def _change_class(model: Any, cls: type[Any]) -> None:
+    old: Any = type(model)
+    for name in _INSTANCE_FORWARDS:
+        own = model.__dict__.get(name)
+        if isinstance(own, MethodType) and own.__func__ is old.forward:
+            model.__dict__[name] = MethodType(cls.forward, model)
+    model.__class__ = cls

@@ -1,0 +1,41 @@
+"""The documents say what was measured, and name only what exists."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import prumerge_fast
+from prumerge_fast.cli import app
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_tables_are_those_of_the_result_files():
+    command = [sys.executable, ROOT / "bench" / "update_docs.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\((?!https?:)([^)]+)\)", README))
+def test_links_lead_somewhere(link):
+    assert (ROOT / link).exists()
+
+
+def test_options_of_the_command_line_exist():
+    text = CliRunner().invoke(app, ["compare", "--help"], env={"COLUMNS": "200"}).output
+    named = set(re.findall(r"--[a-z][a-z0-9-]+", README)) - {"--check"}
+    known = set(re.findall(r"--[a-z][a-z0-9-]+", text)) | {"--output", "--help"}
+    assert named <= known, named - known
+
+
+def test_option_table_gives_the_defaults():
+    defaults = prumerge_fast.PruMergeConfig()
+    rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \|", README, re.MULTILINE)
+    assert [name for name, _ in rows] == list(vars(defaults))
+    for name, value in rows:
+        assert value.strip('"') == str(getattr(defaults, name)), name

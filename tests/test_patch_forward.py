@@ -1,0 +1,377 @@
+"""`forward` of a patched model, against an unpatched one run on prompts pruned by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import BOS, IMAGE, PAD, PATCHES, Oracle, batch, images, prompt, tiny_llava
+from torch.nn.functional import cross_entropy
+from transformers import DynamicCache, LlavaForConditionalGeneration, StaticCache
+
+from prumerge_fast.config import PruMergeConfig
+from prumerge_fast.patching import patch, unpatch
+
+EVERYTHING = {"keep": 1.0, "merge": "none", "supplement": False, "order": "raster"}
+PROMPTS = [
+    prompt([30], "image", [31] * 11),
+    prompt([5, 6, 7], "image", [8, 9]),
+    prompt("image", [11, 12, 13], "image", [14]),
+    prompt([20, 21, 22]),
+]
+PIXELS = images(4)
+OF_PROMPT = [PIXELS[:1], PIXELS[1:2], PIXELS[2:], None]
+CONFIGS = {
+    "iqr": PruMergeConfig(),
+    "plus": PruMergeConfig("prumerge+"),
+    "budget": PruMergeConfig(keep=5, merge="average"),
+    "more tokens than placeholders": PruMergeConfig(keep=1.0, supplement=True),
+    "no tokens": PruMergeConfig(fence=1e6, supplement=False),
+}
+V5 = hasattr(DynamicCache, "activate_past_recording")
+
+
+@pytest.fixture(scope="module")
+def plain() -> LlavaForConditionalGeneration:
+    return tiny_llava()
+
+
+@pytest.fixture
+def model() -> LlavaForConditionalGeneration:
+    return patch(tiny_llava())
+
+
+def labels_of(ids: torch.Tensor) -> torch.Tensor:
+    """Text but the first token, which left padding would have to predict."""
+    return ids.masked_fill((ids == IMAGE) | (ids == PAD) | (ids == BOS), -100)
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-4)  # logits up to 10
+
+
+@pytest.mark.parametrize("side", ["left", "right", "unpadded"])
+@pytest.mark.parametrize(
+    ("attention", "dtype"),
+    [("sdpa", torch.float32), ("eager", torch.float32), ("sdpa", torch.bfloat16)],
+)
+@torch.no_grad()
+def test_keeping_everything_changes_nothing(side: str, attention: str, dtype: torch.dtype) -> None:
+    model = tiny_llava(attention=attention).to(dtype)
+    if side == "unpadded":
+        inputs = {"input_ids": torch.tensor([PROMPTS[0], prompt("image", [3] * 12)])}
+        inputs["pixel_values"] = PIXELS[:2]
+    else:
+        inputs = {**batch(PROMPTS, side), "pixel_values": PIXELS}
+    labels = labels_of(inputs["input_ids"])
+    expected = model(**inputs, labels=labels)
+    actual = patch(model, **EVERYTHING)(**inputs, labels=labels)
+    assert torch.equal(actual.logits, expected.logits)
+    assert torch.equal(actual.loss, expected.loss)
+    assert torch.equal(actual.image_hidden_states.flatten(), expected.image_hidden_states.flatten())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_padded_batches_equal_single_prompts(
+    plain: LlavaForConditionalGeneration, side: str, name: str
+) -> None:
+    oracle = Oracle(plain, CONFIGS[name])
+    model = patch(tiny_llava(), CONFIGS[name])
+    inputs = batch(PROMPTS, side)
+    outputs = model(**inputs, pixel_values=PIXELS, use_cache=True)
+    expected = [oracle.logits(*pair) for pair in zip(PROMPTS, OF_PROMPT, strict=True)]
+    width = max(map(len, expected))
+    assert outputs.logits.shape[1] == width
+    assert outputs.past_key_values.get_seq_length() == width
+    for row, logits in zip(outputs.logits, expected, strict=True):
+        close(row[-len(logits) :] if side == "left" else row[: len(logits)], logits)
+    features = oracle.features(PIXELS)
+    assert model.prumerge.last_lengths == tuple(map(len, features))
+    torch.testing.assert_close(outputs.image_hidden_states, torch.cat(features))
+
+
+@torch.no_grad()
+def test_images_of_unequal_lengths_without_a_mask(
+    plain: LlavaForConditionalGeneration, model: LlavaForConditionalGeneration
+) -> None:
+    rows = [prompt("image", [3, 4, 5, i]) for i in range(6, 12)]
+    pixel_values = images(6, seed=5)
+    outputs = model(input_ids=torch.tensor(rows), pixel_values=pixel_values)
+    assert len(set(model.prumerge.last_lengths)) > 1
+    oracle = Oracle(plain, PruMergeConfig())
+    for row, ids, pixels in zip(outputs.logits, rows, pixel_values, strict=True):
+        expected = oracle.logits(ids, pixels[None])
+        close(row[-len(expected) :], expected)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_loss(
+    plain: LlavaForConditionalGeneration, model: LlavaForConditionalGeneration, side: str
+) -> None:
+    inputs = batch(PROMPTS, side)
+    labels = labels_of(inputs["input_ids"])
+    loss = model(**inputs, pixel_values=PIXELS, labels=labels).loss
+    oracle = Oracle(plain, PruMergeConfig())
+    losses = []
+    for ids, pixels in zip(PROMPTS, OF_PROMPT, strict=True):
+        logits = oracle.logits(ids, pixels)
+        lengths = [len(f) for f in oracle.features(pixels)] if pixels is not None else []
+        targets, column = [], 0
+        while column < len(ids):  # the shrunk labels, by hand
+            if ids[column] == IMAGE:
+                targets += [-100] * lengths.pop(0)
+                column += PATCHES
+            else:
+                targets.append(-100 if ids[column] == BOS else ids[column])
+                column += 1
+        each = cross_entropy(logits[:-1], torch.tensor(targets[1:]), reduction="none")
+        losses += each[torch.tensor(targets[1:]) != -100].tolist()
+    assert float(loss) == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_reach_the_tower(checkpointing: bool) -> None:
+    model = patch(tiny_llava()).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    inputs = batch(PROMPTS, "right")
+    model(**inputs, pixel_values=PIXELS, labels=inputs["input_ids"]).loss.backward()
+    unused = ("v_proj", "out_proj", "mlp", "layer_norm2")
+    for name, parameter in model.named_parameters():
+        if "post_layernorm" in name or ("layers.3" in name and any(u in name for u in unused)):
+            assert parameter.grad is None, name
+            continue
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        if "k_proj.bias" not in name:  # softmax does not see it, but for the merge's neighbours
+            assert parameter.grad.any(), name
+
+
+def test_gradients_equal_those_of_the_model_itself() -> None:
+    inputs = {**batch(PROMPTS, "right"), "pixel_values": PIXELS}
+    inputs["labels"] = labels_of(inputs["input_ids"])
+    model = tiny_llava().train()
+    model(**inputs).loss.backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    patch(model, **EVERYTHING)(**inputs).loss.backward()
+    for name, parameter in model.named_parameters():
+        if expected[name] is not None:
+            torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+
+
+@torch.no_grad()
+def test_positions_of_the_caller(model: LlavaForConditionalGeneration) -> None:
+    inputs = {**batch(PROMPTS), "pixel_values": PIXELS}
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    expected = model(**inputs).logits
+    used = {}
+    model.model.language_model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: used.update(kwargs), with_kwargs=True
+    )
+    for given in (positions, positions + 7):
+        actual = model(**inputs, position_ids=given).logits
+        mask = used["attention_mask"]
+        shift = int(given.min())
+        counted = (mask.cumsum(1) - 1).masked_fill(mask == 0, 0) + shift * mask
+        assert torch.equal(used["position_ids"], counted)
+        close(actual[mask.bool()], expected[mask.bool()])  # rotary embeddings are relative
+
+
+@torch.no_grad()
+def test_last_logits_only(model: LlavaForConditionalGeneration) -> None:
+    inputs = {**batch(PROMPTS), "pixel_values": PIXELS}
+    assert torch.equal(model(**inputs, logits_to_keep=3).logits, model(**inputs).logits[:, -3:])
+
+
+@torch.no_grad()
+def test_tuples_and_positional_arguments(model: LlavaForConditionalGeneration) -> None:
+    inputs = batch(PROMPTS)
+    expected = model(**inputs, pixel_values=PIXELS)
+    actual = model(inputs["input_ids"], PIXELS, inputs["attention_mask"], return_dict=False)
+    assert isinstance(actual, tuple)
+    assert torch.equal(actual[0], expected.logits)
+    assert torch.equal(actual[-1], expected.image_hidden_states)
+
+
+@torch.no_grad()
+def test_image_features(
+    plain: LlavaForConditionalGeneration, model: LlavaForConditionalGeneration
+) -> None:
+    oracle = Oracle(plain, PruMergeConfig())
+    for layer in (-2, -3):
+        output = model.get_image_features(PIXELS, layer)
+        features = output.pooler_output if V5 else output
+        assert isinstance(features, list)
+        expected = oracle.features(PIXELS, layer)
+        assert model.prumerge.last_lengths == tuple(map(len, expected))
+        for actual, one in zip(features, expected, strict=True):
+            torch.testing.assert_close(actual, one)
+    with pytest.raises(TypeError, match=r"get_image_features.*interpolate"):
+        model.get_image_features(PIXELS, interpolate_pos_encoding=True)
+
+
+@pytest.mark.skipif(not V5, reason="transformers 4 does not take encoded images")
+@torch.no_grad()
+def test_encoded_images(model: LlavaForConditionalGeneration) -> None:
+    inputs = batch(PROMPTS)
+    expected = model(**inputs, pixel_values=PIXELS).logits
+    encoded = {"image": model.get_image_features(PIXELS)}
+    assert torch.equal(model(**inputs, mm_encoder_outputs=encoded).logits, expected)
+    answers = model.generate(**inputs, pixel_values=PIXELS, max_new_tokens=4)
+    again = model.generate(**inputs, mm_encoder_outputs=encoded, max_new_tokens=4)
+    assert torch.equal(answers, again)
+    with pytest.raises(ValueError, match="pixel_values: expected None"):
+        model(**inputs, pixel_values=PIXELS, mm_encoder_outputs=encoded)
+
+
+@torch.no_grad()
+def test_text_alone_passes_as_it_is(plain: LlavaForConditionalGeneration) -> None:
+    model = patch(tiny_llava())
+    inputs = batch([prompt([5, 6, 7]), prompt([8])])
+    assert torch.equal(model(**inputs).logits, plain(**inputs).logits)
+    embeds = plain.get_input_embeddings()(inputs["input_ids"])
+    assert torch.equal(model(inputs_embeds=embeds).logits, plain(inputs_embeds=embeds).logits)
+    assert model.prumerge.last_lengths is None
+
+
+def bad(**changes: Any) -> dict[str, Any]:
+    return {**batch(PROMPTS), "pixel_values": PIXELS, **changes}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (bad(pixel_values=PIXELS[:3]), "image tokens do not match.*100 image tokens, expected 75"),
+        (bad(input_ids=batch(PROMPTS)["input_ids"].clamp(max=8)), "do not match"),
+        (bad(input_ids=None), "input_ids: expected a tensor.*NoneType"),
+        (bad(inputs_embeds=torch.zeros(4, 9, 64)), "inputs_embeds: expected None"),
+        (bad(attention_mask=torch.ones(4, 9)), "attention_mask: expected the shape of input_ids"),
+        (bad(attention_mask={"full": None}), "attention_mask: .*got dict"),
+        (bad(logits_to_keep=torch.tensor([3])), "logits_to_keep: expected an int"),
+        (bad(shift_labels=torch.zeros(4, 9)), "shift_labels: expected None"),
+        (bad(image_sizes=torch.zeros(4, 2)), "image_sizes: expected None"),
+        (bad(pixel_values=torch.zeros(4, 3, 9, 9)), "size"),
+    ],
+)
+def test_bad_inputs(
+    model: LlavaForConditionalGeneration, inputs: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        model(**inputs)
+
+
+@pytest.mark.parametrize(
+    "option", [{"vision_feature_layer": -1}, {"vision_feature_select_strategy": "full"}]
+)
+def test_overrides_that_cannot_work(
+    model: LlavaForConditionalGeneration, option: dict[str, Any]
+) -> None:
+    with pytest.raises(TypeError, match=next(iter(option))):
+        model(**batch(PROMPTS), pixel_values=PIXELS, **option)
+
+
+def test_values_that_are_not_finite(model: LlavaForConditionalGeneration) -> None:
+    pixel_values = PIXELS.clone()
+    pixel_values[1] = torch.nan
+    outputs = model(**batch(PROMPTS), pixel_values=pixel_values)
+    assert outputs.logits[0, -1].isfinite().all()
+    assert outputs.logits[1, -1].isnan().all()
+
+
+@pytest.mark.parametrize("mask", ["as passed", "as pruned", "none"])
+@pytest.mark.parametrize("positions", [False, True])
+@pytest.mark.parametrize("static", [False, True])
+@torch.no_grad()
+def test_decoding_by_hand(
+    plain: LlavaForConditionalGeneration,
+    model: LlavaForConditionalGeneration,
+    mask: str,
+    positions: bool,
+    static: bool,
+) -> None:
+    steps, inputs = 5, batch(PROMPTS)
+    long_mask = inputs["attention_mask"]
+    counted = (long_mask.cumsum(1) - 1).clamp(min=0) if positions else None
+    cache: Any = None
+    if static:
+        options = {} if V5 else {"max_batch_size": 4, "device": "cpu", "dtype": torch.float32}
+        cache = StaticCache(config=plain.config.text_config, max_cache_len=40, **options)
+    outputs = model(
+        **inputs,
+        pixel_values=PIXELS,
+        position_ids=counted,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    cache = outputs.past_key_values
+    cached = int(cache.get_seq_length())
+    assert cached < 30
+    ones = torch.ones(4, 1, dtype=torch.long)
+    kept = [len(f) for f in Oracle(plain, PruMergeConfig()).features(PIXELS)]
+    gone = PATCHES * torch.tensor([1, 1, 2, 0])
+    gone -= torch.tensor([kept[0], kept[1], kept[2] + kept[3], 0])
+    short_mask = (torch.arange(cached) >= cached - (long_mask.sum(1) - gone)[:, None]).long()
+    answers = []
+    for _ in range(steps):
+        tokens = outputs.logits[:, -1:].argmax(-1)
+        answers.append(tokens)
+        long_mask = torch.cat([long_mask, ones], 1)
+        short_mask = torch.cat([short_mask, ones], 1)
+        step = {"as passed": long_mask, "as pruned": short_mask, "none": None}[mask]
+        place = short_mask if mask == "as pruned" else long_mask
+        outputs = model(
+            input_ids=tokens,
+            attention_mask=step,
+            position_ids=place.sum(1, keepdim=True) - 1 if positions else None,
+            past_key_values=cache,
+            use_cache=True,
+        )
+    oracle = Oracle(plain, PruMergeConfig())
+    for row, ids, pixels in zip(torch.cat(answers, 1).tolist(), PROMPTS, OF_PROMPT, strict=True):
+        expected = oracle.answer(ids, pixels, steps)
+        assert row[: len(expected)] == expected
+
+
+@torch.no_grad()
+def test_caches_that_do_not_fit(model: LlavaForConditionalGeneration) -> None:
+    inputs = batch(PROMPTS)
+    cache = model(**inputs, pixel_values=PIXELS, use_cache=True).past_key_values
+    step = {"input_ids": torch.ones(4, 1, dtype=torch.long), "past_key_values": cache}
+    with pytest.raises(ValueError, match="past_key_values: expected an empty cache"):
+        model(**inputs, pixel_values=PIXELS, past_key_values=cache)
+    with pytest.raises(ValueError, match=r"attention_mask: expected \[4, \d+\], as the prompt"):
+        model(**step, attention_mask=torch.ones(4, 5))
+    with pytest.raises(ValueError, match="cache of 3 sequences, got one of 4"):
+        model(input_ids=torch.ones(3, 1, dtype=torch.long), past_key_values=cache)
+    cache.crop(4 - int(cache.get_seq_length()))
+    with pytest.raises(ValueError, match="got one of length 4"):
+        model(**step)
+
+
+@torch.no_grad()
+def test_compiled() -> None:
+    model = patch(tiny_llava(), keep=4)
+    inputs = {**batch(PROMPTS), "pixel_values": PIXELS}
+    expected = model(**inputs).logits
+    close(torch.compile(model, backend="eager")(**inputs).logits, expected)
+    text = {"input_ids": torch.tensor([PROMPTS[3]])}  # and so every step of decoding
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+    close(whole(**text).logits, model(**text).logits)
+
+
+@torch.no_grad()
+def test_calls_do_not_depend_on_earlier_ones(model: LlavaForConditionalGeneration) -> None:
+    inputs = {**batch(PROMPTS), "pixel_values": PIXELS}
+    text = batch([PROMPTS[3]])
+    expected, of_text = model(**inputs).logits, model(**text).logits
+    with pytest.raises(ValueError, match="do not match"):
+        model(**batch(PROMPTS), pixel_values=PIXELS[:2])
+    model.generate(**inputs, max_new_tokens=2, num_beams=2)
+    assert torch.equal(model(**text).logits, of_text)
+    assert torch.equal(model(**inputs).logits, expected)
+    assert unpatch(model) is model

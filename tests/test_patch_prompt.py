@@ -1,0 +1,142 @@
+"""How prompts shrink, against lists."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prumerge_fast.prompt import (
+    PromptLayout,
+    forget_layout,
+    padding_side,
+    remember_layout,
+    remembered_layout,
+    shrink_prompt,
+)
+
+IMAGE = 9
+
+
+@st.composite
+def prompts(draw: st.DrawFn) -> tuple[list[list[list[int]]], str]:
+    """Rows of pieces: [token] is text, [placeholders, length] an image; and the padding side."""
+    text = st.lists(st.integers(1, 8), min_size=1, max_size=1)
+    image = st.lists(st.integers(1, 6), min_size=2, max_size=2).map(lambda x: [x[0], x[1] - 1])
+    row = st.lists(st.one_of(text, image), max_size=6).map(lambda pieces: [[1], *pieces])
+    return draw(st.lists(row, min_size=1, max_size=4)), draw(st.sampled_from(["left", "right"]))
+
+
+@given(prompts())
+@settings(max_examples=200, deadline=None)
+def test_against_lists(case: tuple[list[list[list[int]]], str]) -> None:
+    rows, side = case
+    long, short, placeholders, lengths = [], [], [], []
+    for pieces in rows:
+        ids: list[int] = []
+        source: list[int] = []
+        for piece in pieces:
+            if len(piece) == 1:
+                source.append(len(ids))
+                ids += piece
+            else:
+                count, length = piece
+                source += [len(ids) + min(j, count - 1) for j in range(length)]
+                ids += [IMAGE] * count
+                placeholders.append(count)
+                lengths.append(length)
+        long.append(ids)
+        short.append(source)
+
+    width, shrunk = max(map(len, long)), max(map(len, short))
+    pads = [width - len(ids) for ids in long]
+    left = [pad if side == "left" else 0 for pad in pads]
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    expected = torch.full((len(rows), shrunk), -1)
+    for b, (tokens, source) in enumerate(zip(long, short, strict=True)):
+        ids[b, left[b] : left[b] + len(tokens)] = torch.tensor(tokens)
+        mask[b, left[b] : left[b] + len(tokens)] = 1
+        start = shrunk - len(source) if side == "left" else 0
+        expected[b, start : start + len(source)] = torch.tensor(source) + left[b]
+
+    layout = shrink_prompt(ids, mask, IMAGE, placeholders, lengths, padding_side=side)
+    assert torch.equal(layout.source, expected)
+    assert layout.removed == width - shrunk
+
+    # Positions as `generate` counts them, of the long and of the shrunk prompt.
+    short_mask = layout.mask(mask)
+    assert torch.equal(short_mask, (expected >= 0).long())
+    if side == "left":
+        positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 0)
+        later = positions[:, -1:] + torch.arange(1, 4)
+        moved = layout.positions(torch.cat([positions, later], 1))
+        full = torch.cat([short_mask, torch.ones(len(rows), 3, dtype=torch.long)], 1)
+        assert torch.equal(moved, (full.cumsum(1) - 1).masked_fill(full == 0, 0))
+        assert torch.equal(layout.later_positions(later), moved[:, -3:])
+
+
+def test_masked_tokens_inside_stay() -> None:
+    ids = torch.tensor([[0, 1, 2, 9, 9, 3, 0]])
+    mask = torch.tensor([[0, 1, 0, 1, 1, 1, 0]])
+    layout = shrink_prompt(ids, mask, IMAGE, [2], [1], padding_side="left")
+    assert layout.source.tolist() == [[1, 2, 3, 5]]
+    assert layout.mask(mask).tolist() == [[1, 0, 1, 1]]
+
+
+def test_mask_only_where_it_is_needed() -> None:
+    ids = torch.tensor([[1, 9, 9], [1, 9, 9]])
+    layout = shrink_prompt(ids, None, IMAGE, [2, 2], [1, 1], padding_side="left")
+    assert layout.mask(None) is None
+    layout = shrink_prompt(ids, None, IMAGE, [2, 2], [1, 2], padding_side="left")
+    assert layout.mask(None).tolist() == [[0, 1, 1], [1, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("ids", "placeholders", "lengths", "message"),
+    [
+        ([[1, 9, 9, 2]], [3], [1], "Image features and image tokens do not match.*2.*expected 3"),
+        ([[1, 9, 9, 2]], [], [], "holds 2 image tokens, expected 0 for 0 images"),
+        ([[1, 9, 9, 9], [1, 9, 2, 2]], [2, 2], [1, 1], r"all image tokens.*\[3, 1\]"),
+        ([[1, 2], [9, 9]], [2], [0], "nothing is left of prompt 1"),
+    ],
+)
+def test_prompts_that_do_not_fit(
+    ids: list[list[int]], placeholders: list[int], lengths: list[int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        shrink_prompt(torch.tensor(ids), None, IMAGE, placeholders, lengths, padding_side="left")
+
+
+def test_padding_side() -> None:
+    assert padding_side(None) == "left"
+    assert padding_side(torch.tensor([[0, 1], [1, 1]])) == "left"
+    assert padding_side(torch.tensor([[1, 1], [1, 1]])) == "left"
+    assert padding_side(torch.tensor([[1, 0], [1, 1]])) == "right"
+
+
+def test_rows_that_are_repeated() -> None:
+    layout = PromptLayout(torch.tensor([[0], [1]]), 2)
+    assert layout.for_rows(2) is layout
+    assert layout.for_rows(4).source.tolist() == [[0], [0], [1], [1]]
+    with pytest.raises(ValueError, match="cache of 3 sequences, got one of 2"):
+        layout.for_rows(3)
+
+
+def test_layout_on_a_cache() -> None:
+    cache = SimpleNamespace(get_seq_length=lambda: cache.length, length=2)
+    layout = PromptLayout(torch.tensor([[0, 3]]), 4)
+    assert remembered_layout(cache) is None
+    remember_layout(cache, layout)
+    assert remembered_layout(cache) is layout
+    cache.length = 1
+    with pytest.raises(ValueError, match="2 tokens after pruning, got one of length 1"):
+        remembered_layout(cache)
+    cache.length = 0
+    assert remembered_layout(cache) is None
+    forget_layout(cache)
+    forget_layout(cache)
+    assert not hasattr(cache, "_prumerge_layout")

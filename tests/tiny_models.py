@@ -1,0 +1,148 @@
+"""Tiny LLaVAs with random weights, prompts for them, and an oracle independent of `patch`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+from prumerge_fast.config import PruMergeConfig
+from prumerge_fast.dispatch import prune_merge
+
+IMAGE, PAD, BOS, EOS, VOCAB = 90, 89, 1, 2, 91
+PATCHES = 25  # 5 x 5 patches of 6 pixels
+
+
+def tiny_llava(
+    seed: int = 0, attention: str = "sdpa", feature_layer: Any = -2, **options: Any
+) -> LlavaForConditionalGeneration:
+    """A LLaVA with a CLIP tower of 4 layers x 64 and a Llama of 2 layers x 64, in eval mode."""
+    torch.manual_seed(seed)
+    vision = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=30,
+        patch_size=6,
+        projection_dim=32,
+    )
+    text = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCAB,
+        max_position_embeddings=512,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=IMAGE,
+        image_token_index=IMAGE,
+        vision_feature_layer=feature_layer,
+        image_seq_length=PATCHES,
+        **options,
+    )
+    model = LlavaForConditionalGeneration._from_config(config, attn_implementation=attention)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "vision_tower" in name and ("q_proj" in name or "k_proj" in name):
+                parameter.mul_(6)  # attention with outliers, so that images keep unequal numbers
+            if "lm_head" in name or "language_model" in name or "projector" in name:
+                parameter.mul_(4)  # far-apart logits, so that answers depend on all of the prompt
+        model.lm_head.weight[IMAGE] = 0  # so that it is never the answer
+    model.generation_config.pad_token_id = PAD
+    model.generation_config.eos_token_id = EOS
+    return model.eval()
+
+
+def images(count: int, seed: int = 0) -> Tensor:
+    """[count, 3, 30, 30]"""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 3, 30, 30, generator=generator)
+
+
+def prompt(*parts: list[int] | str) -> list[int]:
+    """Token ids of a prompt; the part `"image"` becomes the placeholders of one."""
+    ids = [BOS]
+    for part in parts:
+        ids += [IMAGE] * PATCHES if part == "image" else list(part)
+    return ids
+
+
+def batch(prompts: list[list[int]], side: str = "left") -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask`, padded as a processor does."""
+    width = max(map(len, prompts))
+    ids, mask = [], []
+    for row in prompts:
+        pad, ones = width - len(row), [1] * len(row)
+        left, right = (pad, 0) if side == "left" else (0, pad)
+        ids.append([*[PAD] * left, *row, *[PAD] * right])
+        mask.append([*[0] * left, *ones, *[0] * right])
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+class Oracle:
+    """Runs a model that is not patched on prompts pruned by hand, one prompt at a time."""
+
+    def __init__(self, model: LlavaForConditionalGeneration, config: PruMergeConfig) -> None:
+        self.model, self.config = model, config
+
+    @torch.no_grad()
+    def features(self, pixel_values: Tensor, feature_layer: int = -2) -> list[Tensor]:
+        """The reduced, projected tokens of each image."""
+        tower = self.model.model.vision_tower
+        states = tower(pixel_values, output_hidden_states=True).hidden_states
+        layers = getattr(tower, "vision_model", tower).encoder.layers
+        hidden = states[feature_layer]  # [B, 1+N, C]
+        reader = layers[feature_layer % (len(layers) + 1)]
+        normed = reader.layer_norm1(hidden)
+        keys = reader.self_attn.k_proj(normed)
+        query = reader.self_attn.q_proj(normed)  # [B, 1+N, C]
+        merged = prune_merge(query, keys, hidden, self.config, backend="reference")
+        return [self.model.model.multi_modal_projector(tokens) for tokens in merged.split()]
+
+    @torch.no_grad()
+    def embeds(self, ids: list[int], pixel_values: Tensor | None) -> Tensor:
+        """[1, S, D], and the caller's ids with as many placeholders as are left."""
+        table = self.model.get_input_embeddings()
+        pieces, column = [], 0
+        features = [] if pixel_values is None else self.features(pixel_values)
+        while column < len(ids):
+            if ids[column] == IMAGE:
+                pieces.append(features.pop(0))
+                column += PATCHES
+            else:
+                pieces.append(table(torch.tensor(ids[column : column + 1])))
+                column += 1
+        assert not features
+        return torch.cat(pieces)[None]
+
+    @torch.no_grad()
+    def logits(self, ids: list[int], pixel_values: Tensor | None) -> Tensor:
+        """[S, V]"""
+        return self.model(inputs_embeds=self.embeds(ids, pixel_values)).logits[0]
+
+    @torch.no_grad()
+    def answer(self, ids: list[int], pixel_values: Tensor | None, count: int) -> list[int]:
+        """Greedy, without a cache, until EOS."""
+        embeds, answer = self.embeds(ids, pixel_values), []
+        while len(answer) < count and (not answer or answer[-1] != EOS):
+            token = int(self.model(inputs_embeds=embeds, use_cache=False).logits[0, -1].argmax())
+            answer.append(token)
+            embeds = torch.cat(
+                [embeds, self.model.get_input_embeddings()(torch.tensor([[token]]))], 1
+            )
+        return answer
