@@ -83,16 +83,18 @@ def choose_launch(
             num_warps=4,
             num_stages=2 if is_cuda else 1,
         )
-    block_m = 16 if rows_each <= 16 else 32 if rows_each <= 32 else 64
+    # Of the tile sizes tried, these are the largest that spill on no target.
+    large = rows_each > 32
+    step = _at_most(64 if large else 128, channels)
     return LaunchConfig(
         splits=splits,
-        block_m=block_m,
+        block_m=64 if large else 16,
         block_n=64,
-        block_c=_at_most(128 if block_m == 64 else 256, channels),
-        block_score=_at_most(256, channels),
-        block_out=_at_most(256, channels),
+        block_c=step,
+        block_score=step,
+        block_out=step,
         precision="tf32",
-        num_warps=8 if block_m == 64 else 4,
+        num_warps=8 if large else 4,
         num_stages=2,
     )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ptxemu
 import torch
-
 from prumerge_fast.kernels.launch_config import LaunchConfig
 from prumerge_fast.kernels.prune_merge import launch_arguments, prune_merge_kernel
 
