@@ -14,7 +14,9 @@ from prumerge_fast.output import MergedTokens
 
 # Largest error relative to the largest value of the tokens.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 2e-5}
-ATTENTION_TOLERANCE = 2e-6
+# Of the largest attention. Scores of about 10 are float32 sums of C products, right to about 1e-5,
+# and softmax turns an absolute error of a score into the same relative error of attention.
+ATTENTION_TOLERANCE = 3e-5
 
 CONFIGS = {
     "default": PruMergeConfig(neighbours=8),
@@ -73,7 +75,7 @@ def assert_like_torch(inputs: Inputs, config: PruMergeConfig, dtype: torch.dtype
     assert torch.equal(found.lengths, expected.lengths)
     assert torch.equal(found.kept, expected.kept)
     assert found.tokens.dtype == dtype
-    assert (found.attention - expected.attention).abs().max() < ATTENTION_TOLERANCE
+    assert relative_error(found.attention, expected.attention) < ATTENTION_TOLERANCE
     assert relative_error(found.tokens, expected.tokens) < TOLERANCE[dtype]
     for tokens, length in zip(found.tokens, found.lengths.tolist(), strict=True):
         assert not tokens[length:].any()
