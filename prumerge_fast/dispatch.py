@@ -59,15 +59,17 @@ def resolve_backend(
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     device = torch.device(device)
-    obstacle = triton_obstacle(device, dtype, num_patches)
     if backend == "auto":
         if device.type == "cpu":
             return ResolvedBackend("torch", "vectorised PyTorch, because the tensors are on a CPU")
+        obstacle = triton_obstacle(device, dtype, num_patches)
         if obstacle is None:
             return ResolvedBackend("triton", "a Triton kernel supports this device")
         return ResolvedBackend("torch", f"vectorised PyTorch, because {obstacle}")
-    if backend == "triton" and obstacle is not None:
-        raise BackendUnavailableError(f"backend='triton' cannot run: {obstacle}")
+    if backend == "triton":
+        obstacle = triton_obstacle(device, dtype, num_patches)
+        if obstacle is not None:
+            raise BackendUnavailableError(f"backend='triton' cannot run: {obstacle}")
     return ResolvedBackend(backend, "asked for by name")
 
 
