@@ -7,6 +7,7 @@ scaled before it is rounded and its product is scaled back.
 import triton
 import triton.language as tl
 
+from .neighbours import neighbour_mask
 from .tiles import tile_rows
 
 
@@ -16,13 +17,6 @@ def power_of_two_scale(largest):
     exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 1)
     scale = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
     return scale, (exponent << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def neighbour_mask(cosines, tokens, threshold, last):
-    """Which tokens of a tile are merged into which centre: -> [BM, BN]."""
-    tied = (cosines == threshold[:, None]) & (tokens[None, :] <= last[:, None])
-    return (cosines > threshold[:, None]) | tied
 
 
 @triton.jit

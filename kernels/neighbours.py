@@ -119,6 +119,13 @@ def kth_largest(
 
 
 @triton.jit
+def neighbour_mask(cosines, tokens, threshold, last):
+    """Which tokens of a tile are merged into which centre: -> [BM, BN]."""
+    tied = (cosines == threshold[:, None]) & (tokens[None, :] <= last[:, None])
+    return (cosines > threshold[:, None]) | tied
+
+
+@triton.jit
 def last_tied(
     similarities, threshold, reached, is_row, count,
     N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -138,10 +145,7 @@ def last_tied(
         for tile in range(tl.cdiv(N, BLOCK_N)):
             tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
             cosines = tl.load(similarities + tile * BLOCK_M * BLOCK_N + places)  # [BM, BN]
-            is_taken = (cosines > threshold[:, None]) | (
-                (cosines == threshold[:, None]) & (tokens[None, :] <= middle[:, None])
-            )
-            counts += is_taken.to(tl.int32)
+            counts += neighbour_mask(cosines, tokens, threshold, middle).to(tl.int32)
         is_enough = tl.sum(counts, 1) >= count
         high = tl.where(is_open & is_enough, middle, high)
         low = tl.where(is_open & (is_enough == 0), middle, low)

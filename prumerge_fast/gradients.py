@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from prumerge_fast.torch_backend import _neighbours
+from prumerge_fast.torch_backend import neighbour_mask
 
 
 def prune_merge_gradients(
@@ -56,7 +56,7 @@ def prune_merge_gradients(
     if merge == "none":
         merged = torch.zeros_like(own)
     else:
-        merged = (_neighbours(k[:, 1:], centres, neighbours) & is_centre_row).to(compute)
+        merged = (neighbour_mask(k[:, 1:], centres, neighbours) & is_centre_row).to(compute)
 
     grad = grad_tokens.to(compute)
     live = torch.arange(kept.shape[1], device=kept.device) < lengths[:, None]  # [B, R]

@@ -50,7 +50,7 @@ def prune_merge_torch(
             left = _supplement_weights(attention, is_centre)  # [B, 1, N]
             merged = torch.cat((merged, left @ patches), 1)  # [B, M + 1, C]
     else:
-        neighbours = _neighbours(keys[:, 1:].detach(), centres, config.neighbours)  # [B, M, N]
+        neighbours = neighbour_mask(keys[:, 1:].detach(), centres, config.neighbours)  # [B, M, N]
         weights = _centre_weights(attention, centres, neighbours, config)  # [B, M, N]
         if config.supplement:
             weights = torch.cat((weights, _supplement_weights(attention, is_centre)), 1)
@@ -137,7 +137,7 @@ def _evenly_spaced(free: Tensor, num_free: int, count: int) -> Tensor:
     return steps & free
 
 
-def _neighbours(keys: Tensor, centres: Tensor, count: int) -> Tensor:
+def neighbour_mask(keys: Tensor, centres: Tensor, count: int) -> Tensor:
     """Step 3: the tokens most similar to each centre, ties to the lower index.
 
     keys [B, N, C], centres [B, M] -> [B, M, N] bool, `count` (at most N - 1) set in each row.

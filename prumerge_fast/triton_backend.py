@@ -19,7 +19,7 @@ from prumerge_fast.output import MergedTokens
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MOST_PATCHES = 16384  # counts of two searches share 32 bits
-_EVERY_CENTRE_AN_OUTLIER = -1  # stands for no budget: operators of PyTorch 2.4 take no `int | None`
+_NO_BUDGET = -1  # operators take the budget as a plain `int`
 
 
 def prune_merge_triton(
@@ -41,7 +41,7 @@ def prune_merge_triton(
         query,
         keys,
         hidden,
-        _EVERY_CENTRE_AN_OUTLIER if budget is None else budget,
+        _NO_BUDGET if budget is None else budget,
         config.variant,
         config.neighbours,
         config.fence,
@@ -130,12 +130,12 @@ def _prune_merge(
     batch, rows, channels = keys.shape
     plus = variant == "prumerge+"
     # Real photographs keep about an eighth of their tokens, with PruMerge+ about half.
-    typical = (rows - 1) // (2 if plus else 8) if budget < 0 else budget
+    typical = (rows - 1) // (2 if plus else 8) if budget == _NO_BUDGET else budget
     return prune_merge(
         query,
         keys,
         hidden,
-        budget=None if budget == _EVERY_CENTRE_AN_OUTLIER else budget,
+        budget=None if budget == _NO_BUDGET else budget,
         plus=plus,
         neighbours=neighbours,
         fence=fence,
@@ -162,7 +162,7 @@ def _(
     order: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, rows, channels = keys.shape
-    capacity = (rows - 1 if budget == _EVERY_CENTRE_AN_OUTLIER else budget) + int(supplement)
+    capacity = (rows - 1 if budget == _NO_BUDGET else budget) + int(supplement)
     return (
         hidden.new_empty(batch, capacity, channels),
         hidden.new_empty(batch, dtype=torch.int32),

@@ -8,7 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import BOS, EOS, IMAGE, PAD, PATCHES, VOCAB, Oracle, batch, images, prompt
+from tiny_models import (
+    BOS,
+    EOS,
+    EVERYTHING,
+    IMAGE,
+    OF_PROMPT,
+    PAD,
+    PATCHES,
+    PIXELS,
+    PROMPTS,
+    VOCAB,
+    Oracle,
+    batch,
+    images,
+    prompt,
+)
 from tiny_models import tiny_llava as fresh_llava
 from transformers import (
     DynamicCache,
@@ -25,15 +40,6 @@ from transformers.generation.streamers import BaseStreamer
 from prumerge_fast.config import PruMergeConfig
 from prumerge_fast.patching import patch
 
-EVERYTHING = {"keep": 1.0, "merge": "none", "supplement": False, "order": "raster"}
-PROMPTS = [
-    prompt([30], "image", [31] * 11),
-    prompt([5, 6, 7], "image", [8, 9]),
-    prompt("image", [11, 12, 13], "image", [14]),
-    prompt([20, 21, 22]),
-]
-PIXELS = images(4)
-OF_PROMPT = [PIXELS[:1], PIXELS[1:2], PIXELS[2:], None]
 INPUTS = {**batch(PROMPTS), "pixel_values": PIXELS}
 LENGTH = INPUTS["input_ids"].shape[1]
 V5 = hasattr(DynamicCache, "activate_past_recording")

@@ -6,22 +6,27 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import BOS, IMAGE, PAD, PATCHES, Oracle, batch, images, prompt, tiny_llava
+from tiny_models import (
+    BOS,
+    EVERYTHING,
+    IMAGE,
+    OF_PROMPT,
+    PAD,
+    PATCHES,
+    PIXELS,
+    PROMPTS,
+    Oracle,
+    batch,
+    images,
+    prompt,
+    tiny_llava,
+)
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, LlavaForConditionalGeneration, StaticCache
 
 from prumerge_fast.config import PruMergeConfig
 from prumerge_fast.patching import patch, unpatch
 
-EVERYTHING = {"keep": 1.0, "merge": "none", "supplement": False, "order": "raster"}
-PROMPTS = [
-    prompt([30], "image", [31] * 11),
-    prompt([5, 6, 7], "image", [8, 9]),
-    prompt("image", [11, 12, 13], "image", [14]),
-    prompt([20, 21, 22]),
-]
-PIXELS = images(4)
-OF_PROMPT = [PIXELS[:1], PIXELS[1:2], PIXELS[2:], None]
 CONFIGS = {
     "iqr": PruMergeConfig(),
     "plus": PruMergeConfig("prumerge+"),

@@ -146,3 +146,16 @@ class Oracle:
                 [embeds, self.model.get_input_embeddings()(torch.tensor([[token]]))], 1
             )
         return answer
+
+
+# A batch that has everything: one image, two, none, and prompts of unequal length.
+PROMPTS = [
+    prompt([30], "image", [31] * 11),
+    prompt([5, 6, 7], "image", [8, 9]),
+    prompt("image", [11, 12, 13], "image", [14]),
+    prompt([20, 21, 22]),
+]
+PIXELS = images(4)
+OF_PROMPT = [PIXELS[:1], PIXELS[1:2], PIXELS[2:], None]
+# Options under which a patched model is to equal the plain one.
+EVERYTHING = {"keep": 1.0, "merge": "none", "supplement": False, "order": "raster"}
