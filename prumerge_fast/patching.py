@@ -109,10 +109,16 @@ def unpatch(model: Model) -> Model:
 
     Raises:
         ValueError: The model is not patched.
-        UnsupportedModelError: Its `forward` or `generate` was replaced on the instance since.
+        UnsupportedModelError: Its class, or `forward` or `generate` on the instance, was replaced
+            since.
     """
     if not is_patched(model):
         raise ValueError(f"model: expected a patched model, got a plain {type(model).__name__}")
+    if "_prumerge_base" not in vars(type(model)):
+        raise UnsupportedModelError(
+            "model: its class was replaced after patching, which unpatching would undo as well; "
+            "undo that first"
+        )
     instance: Any = model
     _check_methods(instance)
     del instance.prumerge
@@ -172,13 +178,19 @@ def _patched_class(base: Any) -> Any:
         original = super(subclass, self).get_image_features
         return forward_pass.get_image_features(self, adapter, original, args, kwargs)
 
-    def _get_logits_processor(self: Any, **kwargs: Any) -> Any:
+    def _get_logits_processor(self: Any, *args: Any, **kwargs: Any) -> Any:
         original = super(subclass, self)._get_logits_processor
-        return generation.logits_processors(original, **kwargs)
+        return generation.logits_processors(original, *args, **kwargs)
 
-    def _get_stopping_criteria(self: Any, **kwargs: Any) -> Any:
+    def _get_stopping_criteria(self: Any, *args: Any, **kwargs: Any) -> Any:
         original = super(subclass, self)._get_stopping_criteria
-        return generation.stopping_criteria(original, **kwargs)
+        return generation.stopping_criteria(original, *args, **kwargs)
+
+    @functools.wraps(base.__init__)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        # `type(model)(config)` makes a model, not a patched one: `patch` is per instance.
+        self.__class__ = base
+        self.__init__(*args, **kwargs)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         # The subclass has no importable name; pickles and copies are rebuilt from `base`.
@@ -186,6 +198,7 @@ def _patched_class(base: Any) -> Any:
         return _new_patched, (base,), *state
 
     methods: list[Any] = [
+        __init__,
         forward,
         generate,
         get_image_features,
