@@ -43,7 +43,7 @@ def forward(
     """Run `original`, the model's own `forward`, on the shrunk form of what the caller passed."""
     if (
         len(args) <= 1  # nothing but input_ids
-        and not adapter.has_images(kwargs)
+        and not any(name in kwargs for name in adapter.image_arguments)
         and remembered_layout(kwargs.get("past_key_values")) is None
     ):
         return original(*args, **kwargs)
@@ -56,7 +56,7 @@ def forward(
     layout = remembered_layout(cache)
     if layout is not None:
         _continue_prompt(arguments, layout)
-    return original(**arguments, **images)
+    return original(**arguments)
 
 
 def get_image_features(

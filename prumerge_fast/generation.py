@@ -131,7 +131,7 @@ def generate(
     if layout is not None:
         return _generate_later_turn(model, adapter, original, arguments, layout)
     if not adapter.has_images(images):
-        return original(*args, **kwargs)
+        return original(**arguments)
     check_cache_is_empty(cache)
     options = _resolved_options(model, original, arguments)
     _check_options(options, arguments)
