@@ -36,7 +36,6 @@ from prumerge_fast.versions import is_default_length, set_length
 # Made by `generate` itself, these look at positions only, and count the shrunk prompt.
 _COUNT_POSITIONS = {
     "ExponentialDecayLengthPenalty",
-    "ForcedBOSTokenLogitsProcessor",
     "ForcedEOSTokenLogitsProcessor",
     "MaxLengthCriteria",
     "MaxTimeCriteria",

@@ -96,6 +96,23 @@ def test_without_any_padding_id(model: LlavaForConditionalGeneration, oracle: Or
     assert output[0, ids.shape[1] :].tolist() == oracle.answer(PROMPTS[0], PIXELS[:1], 4)
 
 
+@pytest.mark.parametrize("pad", [EOS, PAD])
+def test_padding_id_in_a_prompt(model: LlavaForConditionalGeneration, pad: int) -> None:
+    """Without a mask it is padding, unless it is an end of answers as well."""
+    model.generation_config.pad_token_id = pad
+    inputs = {"input_ids": torch.tensor([prompt([pad] * 9, "image", [5])])}
+    inputs["pixel_values"] = PIXELS[:1]
+    mask = (inputs["input_ids"] != pad).long()
+    if pad == EOS:
+        mask = torch.ones_like(mask)
+    output, masked, not_masked = (
+        model.generate(**inputs, **masks, max_new_tokens=6)
+        for masks in ({}, {"attention_mask": mask}, {"attention_mask": torch.ones_like(mask)})
+    )
+    assert torch.equal(output, masked)
+    assert torch.equal(masked, not_masked) == (pad == EOS)
+
+
 def test_prompt_by_either_name(model: LlavaForConditionalGeneration) -> None:
     ids = INPUTS["input_ids"]
     rest = {"attention_mask": INPUTS["attention_mask"], "pixel_values": PIXELS, "max_new_tokens": 3}
@@ -133,6 +150,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "min_new_tokens": {"min_new_tokens": 5, "eos_token_id": list(range(60))},
     "several ends": {"eos_token_id": [EOS, *range(3, 40)]},
     "repetition": {"repetition_penalty": 3.0},
+    "repetition and beams": {"repetition_penalty": 3.0, "num_beams": 2},
     "n-grams": {"no_repeat_ngram_size": 2},
     "encoder": {"encoder_repetition_penalty": 0.5},
     "encoder n-grams": {"encoder_no_repeat_ngram_size": 1},

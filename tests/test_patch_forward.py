@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -307,6 +308,8 @@ def test_image_features(
         assert model.prumerge.last_lengths == tuple(map(len, expected))
         for actual, one in zip(features, expected, strict=True):
             torch.testing.assert_close(actual, one)
+        plain_form = model.get_image_features(PIXELS, layer, return_dict=False)
+        assert all(map(torch.equal, plain_form[-1] if V5 else plain_form, features))
     with pytest.raises(TypeError, match=r"get_image_features.*interpolate"):
         model.get_image_features(PIXELS, interpolate_pos_encoding=True)
 
@@ -438,6 +441,24 @@ def test_decoding_by_hand(
     for row, ids, pixels in zip(torch.cat(answers, 1).tolist(), PROMPTS, OF_PROMPT, strict=True):
         expected = oracle.answer(ids, pixels, steps)
         assert row[: len(expected)] == expected
+
+
+@torch.no_grad()
+def test_a_step_in_other_terms(model: LlavaForConditionalGeneration) -> None:
+    """Embeddings for ids, and where the caller's prompt ends."""
+    inputs = {**batch(PROMPTS), "pixel_values": PIXELS}
+    length = inputs["input_ids"].shape[1]
+    first = model(**inputs, use_cache=True)
+    place = {"cache_position": torch.arange(length)}
+    assert torch.equal(model(**inputs, **place).logits, first.logits)
+    tokens = torch.tensor([[3], [4], [5], [6]])
+    expected = model(tokens, past_key_values=copy.deepcopy(first.past_key_values)).logits
+    for step in (
+        {"inputs_embeds": model.get_input_embeddings()(tokens)},
+        {"input_ids": tokens, "cache_position": torch.tensor([length])},
+    ):
+        cache = copy.deepcopy(first.past_key_values)
+        assert torch.equal(model(**step, past_key_values=cache).logits, expected)
 
 
 @torch.no_grad()
