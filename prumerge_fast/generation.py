@@ -317,4 +317,4 @@ def _shift_lengths(
                     f"max_length: expected more than the prompt's {length} tokens, got {limit}; "
                     "max_new_tokens counts new tokens only"
                 )
-        set_length(arguments, name, max(limit - removed, 0))
+        set_length(arguments, name, limit - removed)

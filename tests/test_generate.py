@@ -281,7 +281,7 @@ def test_max_length_below_the_prompt(model: LlavaForConditionalGeneration, limit
         model.generate(**INPUTS, max_length=limit)
 
 
-@pytest.mark.parametrize("extra", [-LENGTH, 0, 1, 4])
+@pytest.mark.parametrize("extra", [3 - LENGTH, 0, 1, 4])
 def test_min_length_counts_the_callers_prompt(
     plain: LlavaForConditionalGeneration, oracle: Oracle, extra: int
 ) -> None:
