@@ -43,7 +43,8 @@ _COUNT_POSITIONS = {
     "MinNewTokensLengthLogitsProcessor",
     "SuppressTokensAtBeginLogitsProcessor",
 }
-# Options that transformers does not combine with embeddings as the prompt.
+# Options that transformers does not combine with embeddings as the prompt, or that count what a
+# cache holds of it.
 _UNSUPPORTED = {
     "assistant_model": "assisted decoding",
     "assistant_early_exit": "assisted decoding",
@@ -169,6 +170,7 @@ def _generate_later_turn(
     rows, length = input_ids.shape
     layout = layout.for_rows(rows)
     options = _resolved_options(model, original, arguments)
+    _check_options(options, arguments)
     attention_mask = arguments.pop("attention_mask", None)
     if attention_mask is None:
         attention_mask = _inferred_mask(options, input_ids)
