@@ -12,13 +12,22 @@ from torch import Tensor
 from prumerge_fast.adapters.base import Adapter, ImageTokens
 from prumerge_fast.prompt import (
     PromptLayout,
-    padding_side,
+    padding_of,
     remember_layout,
     remembered_layout,
     shrink_prompt,
 )
 from prumerge_fast.versions import image_features_output
 
+# Arguments that describe the caller's prompt and cannot be shrunk, and what to do about it.
+_PACKED = "pass position_ids, which shrink with the prompt"
+_NOT_WITH_IMAGES = {
+    "shift_labels": "pass labels, which shrink with the prompt",
+    "cu_seq_lens_q": _PACKED,
+    "cu_seq_lens_k": _PACKED,
+    "max_length_q": _PACKED,
+    "max_length_k": _PACKED,
+}
 # Types of tokens, which padding has none of.
 _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
@@ -56,6 +65,8 @@ def forward(
     layout = remembered_layout(cache)
     if layout is not None:
         _continue_prompt(arguments, layout)
+    else:
+        check_no_placeholders(model, adapter, arguments.get("input_ids"), images)
     return original(**arguments)
 
 
@@ -165,6 +176,34 @@ def _check_shape(name: str, value: Any, input_ids: Tensor) -> None:
     raise ValueError(f"{name}: expected the shape of input_ids, {list(input_ids.shape)}, got {got}")
 
 
+def check_no_placeholders(
+    model: Any, adapter: Adapter, input_ids: Any, images: Mapping[str, Any]
+) -> None:
+    """Raise `ValueError` if an empty batch of images comes with placeholders of images."""
+    if images.get("pixel_values") is None or not isinstance(input_ids, Tensor):
+        return
+    tokens = int((input_ids == adapter.image_token_id(model)).sum())
+    if tokens:
+        raise ValueError(
+            "Image features and image tokens do not match: input_ids holds "
+            f"{tokens} image tokens, and pixel_values no image"
+        )
+
+
+def _check_packing(arguments: dict[str, Any], layout: PromptLayout) -> None:
+    """Raise `ValueError` if padding comes into packed rows, known as such by having no mask."""
+    positions = arguments.get("position_ids")
+    if (
+        positions is not None
+        and (positions.diff(dim=-1) < 0).any()
+        and layout.mask(None) is not None
+    ):
+        raise ValueError(
+            "position_ids: expected no row of several sequences where rows lose unequal numbers of "
+            "image tokens, since padding would join its sequences; pack into one row, or set keep"
+        )
+
+
 def _forward_with_images(
     model: Any,
     adapter: Adapter,
@@ -180,20 +219,27 @@ def _forward_with_images(
             "logits_to_keep: expected an int (the last positions) together with images on a "
             "patched model, whose logits have the length of the shrunk prompt, got indices"
         )
-    if arguments.get("shift_labels") is not None:
-        raise ValueError(
-            "shift_labels: expected None together with images on a patched model; pass labels, "
-            "which shrink with the prompt"
-        )
+    for name, instead in _NOT_WITH_IMAGES.items():
+        if arguments.get(name) is not None:
+            raise ValueError(
+                f"{name}: expected None together with images on a patched model; {instead}"
+            )
     encoded = encode_images(model, adapter, images)
+    side, last_columns = padding_of(attention_mask)
+    logits_to_keep = arguments.get("logits_to_keep", 0)
+    if logits_to_keep:  # the caller's last columns
+        side, last_columns = "left", max(last_columns, logits_to_keep)
     layout = shrink_prompt(
         input_ids,
         attention_mask,
         adapter.image_token_id(model),
         encoded.placeholders,
         encoded.lengths,
-        padding_side=padding_side(attention_mask),
+        padding_side=side,
+        last_columns=last_columns,
     )
+    if attention_mask is None:
+        _check_packing(arguments, layout)
     arguments["inputs_embeds"] = embed_prompt(
         model, adapter, layout, input_ids, attention_mask, encoded
     )

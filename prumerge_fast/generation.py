@@ -17,6 +17,7 @@ from torch import Tensor
 from prumerge_fast.adapters.base import Adapter
 from prumerge_fast.forward import (
     check_cache_is_empty,
+    check_no_placeholders,
     check_prompt,
     embed_prompt,
     encode_images,
@@ -131,6 +132,8 @@ def generate(
     if layout is not None:
         return _generate_later_turn(model, adapter, original, arguments, layout)
     if not adapter.has_images(images):
+        prompt = arguments.get("input_ids", arguments.get("inputs"))
+        check_no_placeholders(model, adapter, prompt, images)
         return original(**arguments)
     check_cache_is_empty(cache)
     options = _resolved_options(model, original, arguments)

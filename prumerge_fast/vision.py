@@ -72,7 +72,8 @@ def query_keys_hidden(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Features of the images, and the query and keys that PruMerge scores them with.
 
-    Modules are called, never their weights, so that LoRA, quantised layers and offloading work.
+    Modules are called, never their weights, so that LoRA, quantised layers and offloading of single
+    modules work.
 
     Args:
         tower: A CLIP vision tower (`check_tower`) of width C.
@@ -84,7 +85,7 @@ def query_keys_hidden(
         `hidden_states[feature_layer]` of the tower; all in the dtype of hidden.
 
     Raises:
-        UnsupportedModelError: No layer reads `feature_layer`.
+        UnsupportedModelError: No layer reads `feature_layer`, or its weights are offloaded with it.
         ValueError: The images have the wrong size.
     """
     transformer = clip_transformer(tower)
@@ -93,11 +94,22 @@ def query_keys_hidden(
     for layer in transformer.encoder.layers[:index]:
         hidden = run_encoder_layer(layer, hidden)  # [B, 1+N, C]
     reader = transformer.encoder.layers[index]
+    _check_weights(reader.self_attn.k_proj, index)
     normed = reader.layer_norm1(hidden)  # [B, 1+N, C]
     keys = reader.self_attn.k_proj(normed)  # [B, 1+N, C]
     query = reader.self_attn.q_proj(normed[:, 0])  # [B, C]
     # Under autocast, projections come out in half precision and the residual stream does not.
-    return query.to(hidden.dtype), keys.to(hidden.dtype), hidden
+    return query.to(hidden), keys.to(hidden), hidden
+
+
+def _check_weights(projection: Any, index: int) -> None:
+    """Raise if a hook on the layer around a projection would have to bring its weights."""
+    is_away = any(parameter.is_meta for parameter in projection.parameters())
+    if is_away and not hasattr(projection, "_hf_hook"):
+        raise UnsupportedModelError(
+            f"vision tower: layer {index}, of which only queries and keys are run, is offloaded as "
+            "a whole; keep it on its device, or offload its modules one by one"
+        )
 
 
 def encode(model: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
