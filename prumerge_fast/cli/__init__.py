@@ -1,4 +1,4 @@
-"""The command line: `prumerge-fast compare`, `show` and `doctor`.
+"""The command line: `prumerge-fast compare`, `show`, `cost`, `evaluate` and `doctor`.
 
 Only what parses the arguments is imported here; PyTorch and transformers are imported by the
 command that needs them, so that `--help` is instant.
@@ -227,6 +227,57 @@ def _show(
             backend=backend.value,
             dtype=dtype.value,
             device=device,
+            as_json=as_json,
+        )
+    )
+
+
+@app.command("cost")
+def _cost(
+    context: typer.Context,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="llava-1.5-7b, llava-1.5-13b (built in), or a folder or Hugging Face name of a "
+            "LLaVA, of which only the configuration is read; may be repeated.",
+            show_default="both built-in ones",
+        ),
+    ] = None,
+    variant: Annotated[
+        list[Variant] | None, typer.Option(help="May be repeated.", show_default="both")
+    ] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            help="How many patch tokens to keep: a whole number, or a share such as 0.25.",
+            show_default="the paper's averages: 40 of 576 for PruMerge, 144 for PruMerge+",
+        ),
+    ] = None,
+    text_tokens: Annotated[int, _count_option("Tokens of the prompt beside the image's.")] = 40,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="V100, A100, H100, RTX4090, T4 or cpu (this one, measured); may be repeated.",
+            show_default="all",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Operations, bytes, memory and roofline times from a model's shape; the paper's beside ours.
+
+    Nothing is run but, for `cpu`, two seconds of products and copies: these are counts and a model.
+    """
+    from prumerge_fast.cli.cost import CostOptions, run
+
+    run(
+        CostOptions(
+            command=context.obj,
+            models=list(dict.fromkeys(model or [])),
+            configs=[
+                _config(one, keep, 32, Merge.sum) for one in dict.fromkeys(variant or Variant)
+            ],
+            text_tokens=text_tokens,
+            devices=device or [],
             as_json=as_json,
         )
     )
