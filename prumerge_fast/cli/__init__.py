@@ -73,6 +73,18 @@ ModelOption = Annotated[
         show_default="the small demo model",
     ),
 ]
+QuestionsOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.jsonl",
+        help="Questions in LLaVA's format: question_id, image, text; optionally answer (or "
+        "label) and category.",
+    ),
+]
+ImageFolderOption = Annotated[
+    Path | None,
+    typer.Option(help="Where the question file's images are.", show_default="beside the file"),
+]
 KeepOption = Annotated[
     str | None,
     typer.Option(
@@ -113,18 +125,8 @@ def _compare(
             "taken as the whole prompt, another gets the model's chat format."
         ),
     ] = None,
-    questions: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE.jsonl",
-            help="Questions in LLaVA's format: question_id, image, text; optionally answer (or "
-            "label) and category.",
-        ),
-    ] = None,
-    image_folder: Annotated[
-        Path | None,
-        typer.Option(help="Where the question file's images are.", show_default="beside the file"),
-    ] = None,
+    questions: QuestionsOption = None,
+    image_folder: ImageFolderOption = None,
     answers: Annotated[
         Path | None,
         typer.Option(
@@ -278,6 +280,63 @@ def _cost(
             ],
             text_tokens=text_tokens,
             devices=device or [],
+            as_json=as_json,
+        )
+    )
+
+
+@app.command("evaluate")
+def _evaluate(
+    context: typer.Context,
+    model: ModelOption = None,
+    questions: QuestionsOption = None,
+    image_folder: ImageFolderOption = None,
+    count: Annotated[
+        int, _count_option("How many questions about demo scenes, without --questions.")
+    ] = 2500,
+    tokens: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="N",
+            help="Visual tokens at which methods are compared; may be repeated.",
+            show_default="8 16 32 64 128",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUT.json",
+            help="Write the results there, and beside it the answers as they come: the same "
+            "command again goes on from them.",
+        ),
+    ] = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
+    batch_size: Annotated[int, _count_option("Questions answered at once.")] = 25,
+    max_new_tokens: Annotated[int, _count_option("Longest answer.")] = 16,
+    as_json: JsonOption = False,
+) -> None:
+    """Accuracy with intervals: PruMerge beside random, evenly spaced and most attended tokens.
+
+    Without --questions, asks about demo scenes that no one was trained on.
+    """
+    from prumerge_fast.evaluation.run import EvaluationOptions, run
+
+    run(
+        EvaluationOptions(
+            command=context.obj,
+            model=model,
+            questions=questions,
+            image_folder=image_folder,
+            count=count,
+            budgets=[_whole_number(value) for value in tokens or ("8", "16", "32", "64", "128")],
+            output=output,
+            dtype=dtype.value,
+            device=device,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
             as_json=as_json,
         )
     )
