@@ -39,6 +39,7 @@ PAIRS = (
     *zip(ABLATION[1:], ABLATION, strict=False),
 )
 OVERALL = "overall"
+FAMILY = "LlavaForConditionalGeneration"
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,11 @@ def run(options: EvaluationOptions) -> None:
     """
     items = _items(options)
     loaded = load(options.model, dtype=options.dtype, device=options.device, load_in_4bit=False)
+    if not any(cls.__name__ == FAMILY for cls in type(loaded.model).__mro__):
+        raise InputError(
+            f"--model: expected a {FAMILY}, whose images have N patches each, got "
+            f"{type(loaded.model).__name__}"
+        )
     try:
         chosen = policies(options.budgets, loaded.patches)
     except ValueError as error:
