@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from prumerge_fast.cost.published import Accounting
 from prumerge_fast.demo import MODEL_DIR
 from prumerge_fast.vision import encode
 
+ROOT = Path(__file__).parents[1]
 TEXT = 11
 CONFIGS = [
     None,
@@ -264,6 +266,15 @@ def test_python_errors_name_the_argument():
         cost.estimate(cost.LLAVA_1_5_7B, PruMergeConfig(), text_tokens=1)
     with pytest.raises(ValueError, match="text_tokens: expected at least 1, got 0"):
         cost.estimate(cost.LLAVA_1_5_7B, None, text_tokens=0)
+
+
+def test_committed_results_are_those_of_the_code(capsys):
+    committed = json.loads((ROOT / "bench" / "results" / "cost.json").read_text())
+    assert committed["command"][0] == "prumerge-fast"
+    assert main(committed["command"][1:]) == 0
+    found = json.loads(capsys.readouterr().out)
+    for field in ("models", "published", "devices", "text_tokens"):
+        assert found[field] == committed[field]
 
 
 def test_patches_of_the_tiny_model():

@@ -293,7 +293,7 @@ def _evaluate(
     image_folder: ImageFolderOption = None,
     count: Annotated[
         int, _count_option("How many questions about demo scenes, without --questions.")
-    ] = 2500,
+    ] = 2000,
     tokens: Annotated[
         list[str] | None,
         typer.Option(
