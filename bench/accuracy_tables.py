@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 OURS = ("PruMerge", "PruMerge+")
-SIMPLE = ("random", "evenly spaced")
 KINDS_AT = 32  # tokens at which the table of kinds compares
 
 
@@ -49,7 +48,7 @@ def kinds(run: dict[str, Any]) -> str:
 
 
 def paired(run: dict[str, Any]) -> str:
-    """Differences between methods at equal budgets, and a sentence on where PruMerge loses."""
+    """Differences between methods at equal budgets, and a line on each where it wins and loses."""
     names = list(run["questions"])
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for row in run["paired"]:
@@ -60,23 +59,21 @@ def paired(run: dict[str, Any]) -> str:
         cells = [_difference(by_kind[kind]) for kind in names]
         lines.append(f"| {policy} − {against} | " + " | ".join(cells) + " |")
     lines.append("")
-    for ours in OURS:
-        for other in SIMPLE:
-            verdicts: dict[str, list[str]] = {"wins": [], "loses": []}
-            for (policy, against), by_kind in rows.items():
-                method, budget = policy.removesuffix(")").split(" (")
-                if method == ours and against.startswith(other):
-                    for kind in names:
-                        low, high = by_kind[kind]["interval"]
-                        if low > 0:
-                            verdicts["wins"].append(f"{kind} at {budget}")
-                        elif high < 0:
-                            verdicts["loses"].append(f"{kind} at {budget}")
-            said = "; ".join(
-                f"{verdict} on {', '.join(where) or 'nothing'}"
-                for verdict, where in verdicts.items()
-            )
-            lines.append(f"- {ours} against {other}: {said}.")
+    verdicts: dict[tuple[str, str], dict[str, dict[str, list[str]]]] = {}
+    for (policy, against), by_kind in rows.items():
+        method, budget = policy.removesuffix(")").split(" (")
+        found = verdicts.setdefault((method, against.split(" (")[0]), {"wins": {}, "loses": {}})
+        for kind in names:
+            low, high = by_kind[kind]["interval"]
+            if low > 0 or high < 0:
+                found["wins" if low > 0 else "loses"].setdefault(kind, []).append(budget)
+    for (method, against), found in verdicts.items():
+        said = "; ".join(
+            f"{verdict} on "
+            + (", ".join(f"{kind} at {'/'.join(at)}" for kind, at in where.items()) or "nothing")
+            for verdict, where in found.items()
+        )
+        lines.append(f"- {method} against {against}: {said}.")
     return "\n".join(lines)
 
 
