@@ -398,6 +398,7 @@ def test_gradients(tower_path: str) -> None:
     model = prumerge_fast.patch(
         tiny(tower_path, **ANYRES, mm_patch_merge_type="spatial_unpad"), order="raster"
     )
+    model.get_vision_tower().requires_grad_(True)
     labels = prompts()["input_ids"].clamp(min=0)
     model(**prompts(), labels=labels, images=images_for(model), image_sizes=SIZES).loss.backward()
     projector = model.get_model().mm_projector[0].weight
@@ -412,6 +413,7 @@ def test_gradients(tower_path: str) -> None:
 def test_dtypes(tower_path: str) -> None:
     model = prumerge_fast.patch(tiny(tower_path).to(torch.bfloat16), keep=3)
     pixels = images_for(model)
+    model.get_vision_tower().float()
     (features, *_) = model.encode_images(pixels.to(torch.bfloat16))
     assert features.dtype == torch.bfloat16
     tower = prumerge_fast.patch(model.get_vision_tower(), keep=3)
@@ -619,6 +621,10 @@ def test_prompts_without_images(tower_path: str) -> None:
     assert torch.equal(model(ids).logits, expected)
     assert model.prumerge.last_lengths is None
     model.generate(ids, max_new_tokens=2)
+    # A prompt of one token is a step of decoding, for which the package takes no images.
+    step = model(ids[:, :1], images=images_for(model)).logits
+    close(step, expected[:, :1])
+    assert model.prumerge.last_lengths is None
 
 
 # The authors' LoRA checkpoints

@@ -10,7 +10,10 @@ from prumerge_fast.errors import UnsupportedModelError
 
 
 class Family(NamedTuple):
-    """A model family: its name for people, and the module whose `ADAPTER` knows it."""
+    """A model family: its name for people, and the module whose `ADAPTER` knows it.
+
+    The command line loads those of transformers.
+    """
 
     title: str
     module: str
