@@ -19,9 +19,8 @@ from prumerge_fast.prompt import (
 )
 from prumerge_fast.versions import image_features_output
 
-IGNORED_LABEL = -100  # what transformers' losses skip
-# Arguments with one value per token of the prompt, beside ids, mask and positions, and their fill.
-_PER_TOKEN = {"labels": IGNORED_LABEL, "token_type_ids": 0, "mm_token_type_ids": 0}
+# Types of tokens, which padding has none of.
+_TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
 
 def named_arguments(method: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -44,7 +43,7 @@ def forward(
     """Run `original`, the model's own `forward`, on the shrunk form of what the caller passed."""
     if (
         len(args) <= 1  # nothing but input_ids
-        and not adapter.has_images(kwargs)
+        and not any(name in kwargs for name in adapter.image_arguments)
         and remembered_layout(kwargs.get("past_key_values")) is None
     ):
         return original(*args, **kwargs)
@@ -57,7 +56,7 @@ def forward(
     layout = remembered_layout(cache)
     if layout is not None:
         _continue_prompt(arguments, layout)
-    return original(**arguments, **images)
+    return original(**arguments)
 
 
 def get_image_features(
@@ -90,7 +89,14 @@ def take_images(adapter: Adapter, arguments: dict[str, Any]) -> dict[str, Any]:
 
 def check_cache_is_empty(cache: Any) -> None:
     """Raise `ValueError` if images come together with a cache that holds an earlier prompt."""
-    if cache is not None and int(cache.get_seq_length()) > 0:
+    if cache is None:
+        return
+    if not hasattr(cache, "get_seq_length"):
+        raise ValueError(
+            "past_key_values: expected a Cache or None together with images on a patched model, "
+            f"got {type(cache).__name__}"
+        )
+    if int(cache.get_seq_length()) > 0:
         raise ValueError(
             "past_key_values: expected an empty cache together with new images, got one that "
             f"holds {int(cache.get_seq_length())} tokens; start anew with the whole prompt"
@@ -130,17 +136,33 @@ def check_prompt(input_ids: Any, attention_mask: Any, inputs_embeds: Any) -> Non
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
         got = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
         raise ValueError(f"input_ids: expected a tensor [B, L] together with images, got {got}")
-    if attention_mask is None:
+    _check_shape("attention_mask", attention_mask, input_ids)
+
+
+def shrink_per_token(arguments: dict[str, Any], layout: PromptLayout, input_ids: Tensor) -> None:
+    """Shorten what else has a value per token of the prompt: positions, labels, types; in place."""
+    for name in ("position_ids", "labels", *_TOKEN_TYPES):
+        value = arguments.get(name)
+        if value is None:
+            continue
+        if name == "position_ids" and isinstance(value, Tensor) and value.shape[:1] == (1,):
+            _check_shape(name, value, input_ids[:1])  # of all rows
+        else:
+            _check_shape(name, value, input_ids)
+        if name == "position_ids":
+            arguments[name] = layout.positions(value)
+        elif name == "labels":
+            arguments[name] = layout.labels(value)
+        else:
+            arguments[name] = layout.gather(value, 0)
+
+
+def _check_shape(name: str, value: Any, input_ids: Tensor) -> None:
+    """Raise `ValueError` unless `value` is `None` or has one entry for each of the ids."""
+    if value is None or (isinstance(value, Tensor) and value.shape == input_ids.shape):
         return
-    if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
-        got = (
-            list(attention_mask.shape)
-            if isinstance(attention_mask, Tensor)
-            else type(attention_mask).__name__
-        )
-        raise ValueError(
-            f"attention_mask: expected the shape of input_ids, {list(input_ids.shape)}, got {got}"
-        )
+    got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    raise ValueError(f"{name}: expected the shape of input_ids, {list(input_ids.shape)}, got {got}")
 
 
 def _forward_with_images(
@@ -176,11 +198,7 @@ def _forward_with_images(
         model, adapter, layout, input_ids, attention_mask, encoded
     )
     arguments["attention_mask"] = layout.mask(attention_mask)
-    if arguments.get("position_ids") is not None:
-        arguments["position_ids"] = layout.positions(arguments["position_ids"])
-    for name, fill in _PER_TOKEN.items():
-        if arguments.get(name) is not None:
-            arguments[name] = layout.gather(arguments[name], fill)
+    shrink_per_token(arguments, layout, input_ids)
     arguments.pop("cache_position", None)  # 0 .. L-1; the model counts the shrunk prompt itself
 
     return_dict = _returns_dict(model, arguments)

@@ -7,7 +7,7 @@ in, ids, lengths, streamers, logits processors, stopping criteria, counts the pr
 
 from __future__ import annotations
 
-import copy
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -21,6 +21,7 @@ from prumerge_fast.forward import (
     embed_prompt,
     encode_images,
     named_arguments,
+    shrink_per_token,
     take_images,
 )
 from prumerge_fast.prompt import (
@@ -30,11 +31,11 @@ from prumerge_fast.prompt import (
     remembered_layout,
     shrink_prompt,
 )
+from prumerge_fast.versions import is_default_length, set_length
 
 # Made by `generate` itself, these look at positions only, and count the shrunk prompt.
 _COUNT_POSITIONS = {
     "ExponentialDecayLengthPenalty",
-    "ForcedBOSTokenLogitsProcessor",
     "ForcedEOSTokenLogitsProcessor",
     "MaxLengthCriteria",
     "MaxTimeCriteria",
@@ -42,7 +43,8 @@ _COUNT_POSITIONS = {
     "MinNewTokensLengthLogitsProcessor",
     "SuppressTokensAtBeginLogitsProcessor",
 }
-# Options that transformers does not combine with embeddings as the prompt.
+# Options that transformers does not combine with embeddings as the prompt, or that count what a
+# cache holds of it.
 _UNSUPPORTED = {
     "assistant_model": "assisted decoding",
     "assistant_early_exit": "assisted decoding",
@@ -129,15 +131,16 @@ def generate(
     if layout is not None:
         return _generate_later_turn(model, adapter, original, arguments, layout)
     if not adapter.has_images(images):
-        return original(*args, **kwargs)
+        return original(**arguments)
     check_cache_is_empty(cache)
-    _check_options(model, arguments)
+    options = _resolved_options(model, original, arguments)
+    _check_options(options, arguments)
 
     input_ids = _take_prompt(arguments)
     attention_mask = arguments.pop("attention_mask", None)
     check_prompt(input_ids, attention_mask, arguments.pop("inputs_embeds", None))
     if attention_mask is None:
-        attention_mask = _inferred_mask(model, arguments, input_ids)
+        attention_mask = _inferred_mask(options, input_ids)
     encoded = encode_images(model, adapter, images)
     layout = shrink_prompt(
         input_ids,
@@ -150,7 +153,7 @@ def generate(
     arguments["inputs_embeds"] = embed_prompt(
         model, adapter, layout, input_ids, attention_mask, encoded
     )
-    return _generate_behind(model, original, arguments, layout, input_ids, attention_mask)
+    return _generate_behind(model, original, arguments, options, layout, input_ids, attention_mask)
 
 
 def _generate_later_turn(
@@ -166,9 +169,11 @@ def _generate_later_turn(
     check_prompt(input_ids, None, arguments.get("inputs_embeds"))
     rows, length = input_ids.shape
     layout = layout.for_rows(rows)
+    options = _resolved_options(model, original, arguments)
+    _check_options(options, arguments)
     attention_mask = arguments.pop("attention_mask", None)
     if attention_mask is None:
-        attention_mask = _inferred_mask(model, arguments, input_ids)
+        attention_mask = _inferred_mask(options, input_ids)
     held = int(cache.get_seq_length()) + layout.removed  # columns of the caller's, in the cache
     if length <= held or attention_mask.shape != input_ids.shape:
         raise ValueError(
@@ -181,64 +186,62 @@ def _generate_later_turn(
             "input_ids: expected no image behind the tokens in past_key_values on a patched "
             "model; pass the conversation without past_key_values"
         )
-    forget_layout(cache)  # until `generate` is through: it counts what the cache holds
-    try:
-        return _generate_behind(model, original, arguments, layout, input_ids, attention_mask)
-    finally:
-        remember_layout(cache, layout)
+    return _generate_behind(model, original, arguments, options, layout, input_ids, attention_mask)
 
 
 def _generate_behind(
     model: Any,
     original: Callable[..., Any],
     arguments: dict[str, Any],
+    options: Any,
     layout: PromptLayout,
     input_ids: Tensor,
     attention_mask: Tensor,
 ) -> Any:
     """Decode behind the shrunk prompt and hand back what the caller expects."""
-    _shift_lengths(model, arguments, layout.removed, input_ids.shape[1])
+    _shift_lengths(model, arguments, options, layout.removed, input_ids.shape[1])
+    shrink_per_token(arguments, layout, input_ids)
     shrunk_ids = layout.ids(input_ids, attention_mask)
     prompt = CallersPrompt(input_ids, attention_mask, shrunk_ids.shape[1])
     arguments["input_ids"] = shrunk_ids
     arguments["attention_mask"] = layout.mask(attention_mask)
-    if arguments.get("position_ids") is not None:
-        arguments["position_ids"] = layout.positions(arguments["position_ids"])
-    for name in ("token_type_ids", "mm_token_type_ids"):
-        if arguments.get(name) is not None:
-            arguments[name] = layout.gather(arguments[name], 0)
     for name in ("logits_processor", "stopping_criteria"):
         arguments[name] = WithCallersPrompt(arguments.get(name), prompt)
     if arguments.get("streamer") is not None:
         arguments["streamer"] = _RestoredStreamer(arguments["streamer"], prompt)
-    result = original(**arguments)
-    for cache in (arguments.get("past_key_values"), getattr(result, "past_key_values", None)):
+    cache = arguments.get("past_key_values")
+    forget_layout(cache)  # until `generate` is through: it counts what the cache holds
+    try:
+        result = original(**arguments)
+    finally:  # a call that failed may have left the shrunk prompt in the cache
         if cache is not None:
             remember_layout(cache, layout)
+    if getattr(result, "past_key_values", None) is not None:
+        remember_layout(result.past_key_values, layout)
     if isinstance(result, Tensor):
         return prompt.restore(result)
     result.sequences = prompt.restore(result.sequences)
     return result
 
 
-def logits_processors(original: Callable[..., Any], **kwargs: Any) -> Any:
+def logits_processors(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`_get_logits_processor` of a patched model: all but mere counters see the caller's prompt."""
-    custom = kwargs["logits_processor"]
+    custom = kwargs.get("logits_processor")
     if not isinstance(custom, WithCallersPrompt):
-        return original(**kwargs)
+        return original(*args, **kwargs)
     prompt, config = custom.prompt, kwargs["generation_config"]
     kwargs["encoder_input_ids"] = prompt.input_ids
     if kwargs.get("model_kwargs") is not None:  # repetition penalties leave out padding
         repeats = max(config.num_beams or 1, config.num_return_sequences or 1)
         mask = prompt.attention_mask.repeat_interleave(repeats, 0)
         kwargs["model_kwargs"] = {**kwargs["model_kwargs"], "attention_mask": mask}
-    return _restored(original(**kwargs), custom)
+    return _restored(original(*args, **kwargs), custom)
 
 
-def stopping_criteria(original: Callable[..., Any], **kwargs: Any) -> Any:
+def stopping_criteria(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`_get_stopping_criteria` of a patched model, as `logits_processors`."""
-    custom = kwargs["stopping_criteria"]
-    criteria = original(**kwargs)
+    custom = kwargs.get("stopping_criteria")
+    criteria = original(*args, **kwargs)
     return _restored(criteria, custom) if isinstance(custom, WithCallersPrompt) else criteria
 
 
@@ -263,24 +266,23 @@ def _take_prompt(arguments: dict[str, Any]) -> Any:
     return inputs if inputs is not None else input_ids
 
 
-def _option(model: Any, arguments: dict[str, Any], name: str) -> Any:
-    """A generation option as `generate` resolves it: argument, then configuration, then model's."""
-    if arguments.get(name) is not None:
-        return arguments[name]
-    for config in (arguments.get("generation_config"), model.generation_config):
-        if getattr(config, name, None) is not None:
-            return getattr(config, name)
-    return None
+def _resolved_options(model: Any, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """The configuration that `generate` will go by: arguments, then configuration, then model's."""
+    parameters = inspect.signature(original).parameters
+    options = {name: value for name, value in arguments.items() if name not in parameters}
+    if "use_model_defaults" in arguments:  # of transformers 4
+        options["use_model_defaults"] = arguments["use_model_defaults"]
+    return model._prepare_generation_config(arguments.get("generation_config"), **options)[0]
 
 
-def _check_options(model: Any, arguments: dict[str, Any]) -> None:
+def _check_options(options: Any, arguments: dict[str, Any]) -> None:
     for name, title in _UNSUPPORTED.items():
-        if _option(model, arguments, name):
+        if arguments.get(name, getattr(options, name, None)):
             raise ValueError(
                 f"{name}: {title} does not work with images on a patched model; "
                 "leave it out or unpatch the model"
             )
-    if _option(model, arguments, "cache_implementation") == "paged":
+    if options.cache_implementation == "paged":
         raise ValueError(
             "cache_implementation: 'paged' (continuous batching) does not work with images on a "
             "patched model"
@@ -292,36 +294,29 @@ def _check_options(model: Any, arguments: dict[str, Any]) -> None:
         )
 
 
-def _inferred_mask(model: Any, arguments: dict[str, Any], input_ids: Tensor) -> Tensor:
+def _inferred_mask(options: Any, input_ids: Tensor) -> Tensor:
     """The mask [B, L] that `generate` assumes when none is given: from the padding id, if clear."""
-    pad = _option(model, arguments, "pad_token_id")
-    end = _option(model, arguments, "eos_token_id")
+    pad, end = options.pad_token_id, options.eos_token_id
     ends = [] if end is None else torch.as_tensor(end).flatten().tolist()
     if pad is None or int(pad) in ends:
         return torch.ones_like(input_ids)
     return (input_ids != int(pad)).long()
 
 
-def _shift_lengths(model: Any, arguments: dict[str, Any], removed: int, length: int) -> None:
+def _shift_lengths(
+    model: Any, arguments: dict[str, Any], options: Any, removed: int, length: int
+) -> None:
     """Make `max_length` and `min_length`, which count the caller's prompt, count the shrunk one."""
-    config = arguments.get("generation_config")
-    defaults = type(model.generation_config)()
     for name in ("max_length", "min_length"):
-        limit = arguments.get(name)
-        if limit is None:
-            limit = _option(model, arguments, name)
-            if limit is None or limit == getattr(defaults, name):
-                continue  # the default counts new tokens
+        limit = getattr(options, name)
+        if limit is None or is_default_length(model, arguments, limit, name):
+            continue  # the default counts new tokens
         if name == "max_length":
-            if _option(model, arguments, "max_new_tokens") is not None:
+            if options.max_new_tokens is not None:
                 continue  # takes precedence
             if limit <= length:
                 raise ValueError(
                     f"max_length: expected more than the prompt's {length} tokens, got {limit}; "
                     "max_new_tokens counts new tokens only"
                 )
-        if config is not None and arguments.get(name) is None:
-            config = arguments["generation_config"] = copy.deepcopy(config)
-            setattr(config, name, max(limit - removed, 0))
-        else:
-            arguments[name] = max(limit - removed, 0)
+        set_length(arguments, name, limit - removed)

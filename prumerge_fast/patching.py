@@ -106,10 +106,16 @@ def unpatch(model: Model) -> Model:
 
     Raises:
         ValueError: The model is not patched.
-        UnsupportedModelError: Its `forward` or `generate` was replaced on the instance since.
+        UnsupportedModelError: Its class, or a method of the instance that `patch` overrides, was
+            replaced since.
     """
     if not is_patched(model):
         raise ValueError(f"model: expected a patched model, got a plain {type(model).__name__}")
+    if "_prumerge_base" not in vars(type(model)):
+        raise UnsupportedModelError(
+            "model: its class was replaced after patching, which unpatching would undo as well; "
+            "undo that first"
+        )
     instance: Any = model
     _check_methods(instance)
     del instance.prumerge
@@ -160,6 +166,12 @@ def _patched_class(base: Any) -> Any:
 
         return method
 
+    @functools.wraps(base.__init__)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        # `type(model)(config)` makes a model, not a patched one: `patch` is per instance.
+        self.__class__ = base
+        self.__init__(*args, **kwargs)
+
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         # The subclass has no importable name; pickles and copies are rebuilt from `base`.
         _, _, *state = super(subclass, self).__reduce_ex__(protocol)
@@ -169,6 +181,7 @@ def _patched_class(base: Any) -> Any:
     namespace = {
         **{name: getattr(base, name) for name in names},
         **{name: overriding(name, override) for name, override in adapter.overrides().items()},
+        "__init__": __init__,
         "__reduce_ex__": __reduce_ex__,
         "_prumerge_base": base,
     }
@@ -189,10 +202,11 @@ def _check_methods(model: Any) -> None:
             "model: its `forward` was replaced on the instance, which patching and unpatching "
             "would not reach; undo that first, and patch before wrapping"
         )
-    if "generate" in model.__dict__:
-        raise UnsupportedModelError(
-            "model: expected the `generate` of its class, but it was replaced on the instance"
-        )
+    for name in adapter_for(model).overrides():
+        if name != "forward" and name in model.__dict__:
+            raise UnsupportedModelError(
+                f"model: expected the `{name}` of its class, but it was replaced on the instance"
+            )
 
 
 def _change_class(model: Any, cls: type[Any]) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+IGNORED_LABEL = -100  # what transformers' losses skip
 _CACHE_ATTRIBUTE = "_prumerge_layout"
 
 
@@ -66,6 +67,15 @@ class PromptLayout:
         prompt = prompt.masked_fill(source < 0, fill)
         return torch.cat([prompt, values[:, self.length :]], dim=1)
 
+    def labels(self, labels: Tensor) -> Tensor:
+        """Labels [B, S] of the tokens that are left.
+
+        No token comes before column 0, so its label was never predicted; behind padding that a
+        row gets here, it would be.
+        """
+        shrunk = self.gather(labels, IGNORED_LABEL)  # [B, S]
+        return shrunk.masked_fill(self.source.to(shrunk.device) == 0, IGNORED_LABEL)
+
     def mask(self, attention_mask: Tensor | None) -> Tensor | None:
         """The attention mask [B, S + g]; `None` as long as none is needed."""
         if attention_mask is not None:
@@ -74,24 +84,33 @@ class PromptLayout:
         return (~padding).long() if padding.any() else None
 
     def positions(self, position_ids: Tensor) -> Tensor:
-        """Position ids [B or 1, L + g] without the gaps of the tokens that are gone: [B, S + g]."""
-        position_ids = position_ids.expand(self.source.shape[0], -1)
-        past_prompt = position_ids.shape[1] - self.length
-        gone = self._gone().to(position_ids.device)  # [B, S + 1]
-        gone = torch.cat([gone[:, :-1], gone[:, -1:].expand(-1, past_prompt)], dim=1)  # [B, S + g]
-        shrunk = self.gather(position_ids, -1)
-        return (shrunk - gone).masked_fill(shrunk < 0, 0)
+        """Position ids [B or 1, L + g] without the gaps of the tokens that are gone: [B, S + g].
+
+        Where positions fall, as where one sequence of a packed row ends and the next begins, the
+        tokens gone are counted anew.
+        """
+        position_ids = position_ids.expand(self.source.shape[0], -1)  # [B, L + g]
+        columns = torch.arange(position_ids.shape[1], device=position_ids.device)  # [L + g]
+        source = self.gather(columns.expand_as(position_ids), -1)  # [B, S + g]
+        is_token = source >= 0
+        first = source.where(is_token, len(columns)).min(1, keepdim=True).values  # [B, 1]
+        falls = torch.nn.functional.pad(position_ids.diff(dim=1) < 0, (1, 0))  # [B, L + g]
+        run = columns.where(falls | (columns == first), 0).cummax(1).values  # where it begins
+        run = run.gather(1, source.clamp(min=0)).where(is_token, -1)  # [B, S + g]
+
+        here = torch.arange(source.shape[1], device=source.device)  # [S + g]
+        begins = torch.nn.functional.pad(run.diff(dim=1) != 0, (1, 0), value=True)
+        begin = here.where(begins, 0).cummax(1).values  # [B, S + g]
+        gone = (source - run) - (here - begin)
+        shrunk = position_ids.gather(1, source.clamp(min=0)) - gone
+        return shrunk.masked_fill(~is_token, 0)
 
     def later_positions(self, position_ids: Tensor) -> Tensor:
         """Position ids [B or 1, q] of tokens behind the prompt, without the tokens gone: [B, q]."""
-        return position_ids - self._gone()[:, -1:].to(position_ids.device)
-
-    def _gone(self) -> Tensor:
-        """Tokens gone between a row's first token and each position, or the end: [B, S + 1]."""
-        source = torch.nn.functional.pad(self.source, (0, 1), value=self.length)  # [B, S + 1]
         first = (self.source >= 0).int().argmax(1, keepdim=True)  # [B, 1]
-        here = torch.arange(source.shape[1], device=source.device)  # [S + 1]
-        return (source - source.gather(1, first)) - (here - first)
+        tokens = self.length - self.source.gather(1, first)  # [B, 1], of the caller's
+        gone = tokens - (self.shrunk_length - first)
+        return position_ids - gone.to(position_ids.device)
 
 
 def shrink_prompt(
@@ -134,6 +153,11 @@ def shrink_prompt(
         copies = (offset < given[image]) + extra * (offset == expected[image] - 1)
         repeats[is_image] = copies
     real = torch.ones_like(is_image) if attention_mask is None else attention_mask.cpu() != 0
+    if not real.any(1).all():
+        raise ValueError(
+            "attention_mask: expected a token to attend to in each prompt, got none in prompt "
+            f"{int((~real.any(1)).int().argmax())}"
+        )
     repeats *= _inside(real | is_image)
 
     counts = repeats.sum(1)  # [B]
@@ -180,7 +204,8 @@ def remembered_layout(cache: Any) -> PromptLayout | None:
     if layout is None:
         return None
     cached = int(cache.get_seq_length())
-    if cached == 0:  # reset, to be used again
+    if cached == 0:  # reset, to be used for another prompt
+        forget_layout(cache)
         return None
     if cached < layout.shrunk_length:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -36,3 +37,35 @@ def image_features_output(features: list[Tensor], return_dict: bool) -> Any:
     form: Any = BaseModelOutputWithPooling  # declared to hold one tensor, used with a list
     output = form(pooler_output=features)
     return output if return_dict else output.to_tuple()
+
+
+def is_default_length(model: Any, arguments: dict[str, Any], limit: int, name: str) -> bool:
+    """Whether nobody chose `max_length` or `min_length`, which `generate` resolved to `limit`.
+
+    A `GenerationConfig` of 5.x leaves them `None`; one of 4.x has the default itself.
+    """
+    if arguments.get(name) is not None:
+        return False
+    default = getattr(type(model.generation_config)(), name)
+    if default is not None:
+        return limit == default
+    configs = (arguments.get("generation_config"), model.generation_config)
+    return all(getattr(config, name, None) is None for config in configs)
+
+
+def set_length(arguments: dict[str, Any], name: str, limit: int) -> None:
+    """Make `generate` take `limit` for `max_length` or `min_length`; changes `arguments` only.
+
+    5.x warns of arguments beside a configuration; 4.x takes a limit in a configuration that
+    happens to equal the default for the default.
+    """
+    config = arguments.get("generation_config")
+    if (
+        config is None
+        or arguments.get(name) is not None
+        or getattr(type(config)(), name) is not None
+    ):
+        arguments[name] = limit
+    else:
+        arguments["generation_config"] = copy.deepcopy(config)
+        setattr(arguments["generation_config"], name, limit)

@@ -88,7 +88,7 @@ def query_keys_hidden(
 
     Returns:
         query [B, C] of the class token, keys [B, 1+N, C], and hidden [B, 1+N, C], which equals
-        `hidden_states[feature_layer]` of the tower.
+        `hidden_states[feature_layer]` of the tower; all in the dtype of hidden.
 
     Raises:
         UnsupportedModelError: No layer reads `feature_layer`.
@@ -103,7 +103,8 @@ def query_keys_hidden(
     normed = reader.layer_norm1(hidden)  # [B, 1+N, C]
     keys = reader.self_attn.k_proj(normed)  # [B, 1+N, C]
     query = reader.self_attn.q_proj(normed[:, 0])  # [B, C]
-    return query, keys, hidden
+    # Under autocast, projections come out in half precision and the residual stream does not.
+    return query.to(hidden.dtype), keys.to(hidden.dtype), hidden
 
 
 def encode(model: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -43,6 +43,7 @@ from prumerge_fast.patching import patch
 INPUTS = {**batch(PROMPTS), "pixel_values": PIXELS}
 LENGTH = INPUTS["input_ids"].shape[1]
 V5 = hasattr(DynamicCache, "activate_past_recording")
+GREEDY = {"max_new_tokens": 3, "min_new_tokens": 3, "num_beams": 1}
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +96,23 @@ def test_without_any_padding_id(model: LlavaForConditionalGeneration, oracle: Or
     assert output[0, ids.shape[1] :].tolist() == oracle.answer(PROMPTS[0], PIXELS[:1], 4)
 
 
+@pytest.mark.parametrize("pad", [EOS, PAD])
+def test_padding_id_in_a_prompt(model: LlavaForConditionalGeneration, pad: int) -> None:
+    """Without a mask it is padding, unless it is an end of answers as well."""
+    model.generation_config.pad_token_id = pad
+    inputs = {"input_ids": torch.tensor([prompt([pad] * 9, "image", [5])])}
+    inputs["pixel_values"] = PIXELS[:1]
+    mask = (inputs["input_ids"] != pad).long()
+    if pad == EOS:
+        mask = torch.ones_like(mask)
+    output, masked, not_masked = (
+        model.generate(**inputs, **masks, max_new_tokens=6)
+        for masks in ({}, {"attention_mask": mask}, {"attention_mask": torch.ones_like(mask)})
+    )
+    assert torch.equal(output, masked)
+    assert torch.equal(masked, not_masked) == (pad == EOS)
+
+
 def test_prompt_by_either_name(model: LlavaForConditionalGeneration) -> None:
     ids = INPUTS["input_ids"]
     rest = {"attention_mask": INPUTS["attention_mask"], "pixel_values": PIXELS, "max_new_tokens": 3}
@@ -132,6 +150,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "min_new_tokens": {"min_new_tokens": 5, "eos_token_id": list(range(60))},
     "several ends": {"eos_token_id": [EOS, *range(3, 40)]},
     "repetition": {"repetition_penalty": 3.0},
+    "repetition and beams": {"repetition_penalty": 3.0, "num_beams": 2},
     "n-grams": {"no_repeat_ngram_size": 2},
     "encoder": {"encoder_repetition_penalty": 0.5},
     "encoder n-grams": {"encoder_no_repeat_ngram_size": 1},
@@ -262,15 +281,63 @@ def test_max_length_below_the_prompt(model: LlavaForConditionalGeneration, limit
         model.generate(**INPUTS, max_length=limit)
 
 
-def test_min_length_counts_the_callers_prompt(model: LlavaForConditionalGeneration) -> None:
+@pytest.mark.parametrize("extra", [3 - LENGTH, 0, 1, 4])
+def test_min_length_counts_the_callers_prompt(
+    plain: LlavaForConditionalGeneration, oracle: Oracle, extra: int
+) -> None:
+    model = patch(copy.deepcopy(plain))
     ends = list(range(VOCAB - 2))
-    for extra in (0, 1, 4):
-        options = {"max_new_tokens": 8, "eos_token_id": ends, "pad_token_id": PAD}
-        output = model.generate(**INPUTS, **options, min_length=LENGTH + extra)
-        for row in output[:, LENGTH:].tolist():
-            length = next((i for i, token in enumerate(row) if token in ends), 8)
-            assert length >= min(extra, 8)
-        assert output.shape[1] < LENGTH + 8 or extra
+    options = {"max_new_tokens": 8, "eos_token_id": ends, "pad_token_id": PAD}
+    output = model.generate(**INPUTS, **options, min_length=LENGTH + extra)
+    for row, ids, pixels in zip(output[:, LENGTH:], PROMPTS, OF_PROMPT, strict=True):
+        expected = plain.generate(
+            inputs_embeds=oracle.embeds(ids, pixels), **options, min_new_tokens=max(extra, 0)
+        )[0]
+        assert row[: len(expected)].tolist() == expected.tolist()
+        assert (row[len(expected) :] == PAD).all()
+
+
+def test_lengths_of_the_model_behind_a_configuration(model: LlavaForConditionalGeneration) -> None:
+    """A configuration that says nothing of them leaves them to the model's."""
+    model.generation_config.min_length = LENGTH + 3
+    model.generation_config.eos_token_id = list(range(VOCAB - 2))
+    output = model.generate(**INPUTS, generation_config=GenerationConfig(num_beams=2))
+    assert (output[:, LENGTH : LENGTH + 3] >= VOCAB - 2).all()
+    model.generation_config.max_length = LENGTH + 5
+    model.generation_config.eos_token_id = None
+    output = model.generate(**INPUTS, generation_config=GenerationConfig(num_beams=2))
+    assert output.shape[1] == LENGTH + 5
+
+
+@pytest.mark.skipif(V5, reason="an option of transformers 4")
+def test_lengths_of_the_model_that_are_not_to_be_used(model: LlavaForConditionalGeneration) -> None:
+    model.generation_config.max_length = LENGTH + 3
+    config = GenerationConfig(pad_token_id=PAD)
+    output = model.generate(**INPUTS, generation_config=config, use_model_defaults=False)
+    assert output.shape[1] == LENGTH + 20
+
+
+def test_lengths_that_equal_the_default(model: LlavaForConditionalGeneration) -> None:
+    """Chosen by the caller, 20 tokens are 20 in all, of which the prompt has fewer."""
+    ids = torch.tensor([PROMPTS[0][:2] + [IMAGE] * PATCHES + [5]])  # 28
+    with pytest.raises(ValueError, match="max_length: expected more than the prompt's 28 tokens"):
+        model.generate(ids, pixel_values=PIXELS[:1], max_length=20)
+    removed = PATCHES - len(model.get_image_features(PIXELS[:1])[0])
+    config = GenerationConfig(max_length=20 + removed, eos_token_id=None, pad_token_id=PAD)
+    if 20 + removed > 28:
+        output = model.generate(ids, pixel_values=PIXELS[:1], generation_config=config)
+        assert output.shape[1] == 20 + removed
+
+
+def test_options_set_to_none_override_the_models(model: LlavaForConditionalGeneration) -> None:
+    model.generation_config.max_new_tokens = 2
+    output = model.generate(**INPUTS, max_new_tokens=None, max_length=LENGTH + 5, eos_token_id=None)
+    assert output.shape[1] == LENGTH + 5
+    model.generation_config.prompt_lookup_num_tokens = 3
+    with pytest.raises(ValueError, match="prompt_lookup_num_tokens: assisted decoding"):
+        model.generate(**INPUTS)
+    output = model.generate(**INPUTS, prompt_lookup_num_tokens=None)
+    assert output.shape[1] <= LENGTH + 2
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -476,6 +543,8 @@ def test_later_turns_that_cannot_go_on(model: LlavaForConditionalGeneration) -> 
     with pytest.raises(ValueError, match="expected the whole conversation"):
         model.generate(ids, attention_mask=ones, past_key_values=cache)
     text = conversation(first.sequences, mask, [[40]] * 4)
+    with pytest.raises(ValueError, match="prompt_lookup_num_tokens: assisted decoding"):
+        model.generate(**text, past_key_values=cache, prompt_lookup_num_tokens=2)
     assert model.generate(**text, past_key_values=cache, max_new_tokens=2).shape[1] == LENGTH + 6
 
     prefix = model.generate(torch.tensor([PROMPTS[3]]), **options)
@@ -494,6 +563,49 @@ def test_a_failing_later_turn_leaves_the_cache_usable(model: LlavaForConditional
         model.generate(**text, past_key_values=first.past_key_values, nonsense=1)
     again = model.generate(**text, past_key_values=first.past_key_values, max_new_tokens=3)
     assert torch.equal(again, expected)
+
+
+def test_a_failing_first_turn_leaves_the_cache_usable(model: LlavaForConditionalGeneration) -> None:
+    """It holds the shrunk prompt, which later turns have to know of."""
+
+    def fail(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        raise KeyError
+
+    cache, options = DynamicCache(), {"max_new_tokens": 3, "min_new_tokens": 3}
+    ids = torch.tensor(PROMPTS[:1])
+    text = torch.cat([ids, torch.tensor([[40]])], 1)
+    expected = model.generate(text, pixel_values=PIXELS[:1], **options)
+    with pytest.raises(KeyError):
+        model.generate(ids, pixel_values=PIXELS[:1], past_key_values=cache, logits_processor=[fail])
+    assert 0 < cache.get_seq_length() < ids.shape[1]
+    assert torch.equal(model.generate(text, past_key_values=cache, **options), expected)
+
+
+def test_later_turns_of_several_samples(model: LlavaForConditionalGeneration) -> None:
+    """The cache then holds each prompt several times."""
+    ids = torch.tensor(PROMPTS[:1])
+    first = model.generate(
+        ids,
+        pixel_values=PIXELS[:1],
+        return_dict_in_generate=True,
+        do_sample=True,
+        num_return_sequences=2,
+        min_new_tokens=3,
+        max_new_tokens=3,
+    )
+    rows = torch.cat([first.sequences, torch.tensor([[40], [41]])], 1)
+    output = model.generate(rows, past_key_values=first.past_key_values, **GREEDY)
+    for row, ids in zip(output, rows, strict=True):
+        expected = model.generate(ids[None], pixel_values=PIXELS[:1], **GREEDY)
+        assert torch.equal(row, expected[0])
+
+
+@pytest.mark.skipif(not V5, reason="continuous batching of transformers 4 needs a GPU")
+def test_processors_for_others_are_left_alone(model: LlavaForConditionalGeneration) -> None:
+    """`generate_batch` asks for them with the configuration alone."""
+    config = GenerationConfig(do_sample=True, top_k=5)
+    found = model._get_logits_processor(config)
+    assert [type(one).__name__ for one in found] == ["TopKLogitsWarper"]
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}])
@@ -520,7 +632,9 @@ def test_text_alone_passes_as_it_is(
         ({"prefill_chunk_size": 4}, "prefill_chunk_size: prefilling in chunks"),
         ({"token_healing": True}, "token_healing"),
         ({"return_legacy_cache": True}, "return_legacy_cache: a cache as a tuple"),
-        ({"cache_implementation": "paged"}, "cache_implementation: 'paged'"),
+        ({"cache_implementation": "paged"}, "cache_implementation.*paged"),
+        ({"position_ids": torch.zeros(4, 9)}, "position_ids: expected the shape of input_ids"),
+        ({"past_key_values": ()}, "past_key_values: expected a Cache or None"),
         ({"custom_generate": "some/repository"}, "custom_generate: expected a callable"),
         ({"inputs_embeds": torch.zeros(4, LENGTH, 64)}, "inputs_embeds: expected None"),
         ({"attention_mask": torch.ones(4, 9)}, "attention_mask: expected the shape of input_ids"),

@@ -294,7 +294,7 @@ def test_forward_of_mpt_is_as_the_package_has_it(tower_path: str) -> None:
     """Broken in the package itself; when that changes, `RepairedMpt` and its notes can go."""
     model = tiny(tower_path, LlavaMptForCausalLM)
     for _ in range(2):
-        with pytest.raises(TypeError, match="missing .* required .*argument: 'images'"):
+        with pytest.raises(TypeError, match=r"missing .* required .*argument: 'images'"):
             model(torch.tensor(PROMPTS[:1]))
         prumerge_fast.patch(model)
 
@@ -603,6 +603,14 @@ def test_bad_images(
     call = {**prompts(), "images": images_for(model), "image_sizes": SIZES, **change}
     with pytest.raises(ValueError, match=message):
         model(**call)
+
+
+@pytest.mark.parametrize("name", ["encode_images", "prepare_inputs_labels_for_multimodal"])
+def test_methods_replaced_on_the_instance_are_refused(tower_path: str, name: str) -> None:
+    model = tiny(tower_path)
+    setattr(model, name, getattr(model, name))
+    with pytest.raises(UnsupportedModelError, match=f"expected the `{name}` of its class"):
+        prumerge_fast.patch(model)
 
 
 def test_keep_is_checked_before_loading(tower_path: str) -> None:

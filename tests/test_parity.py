@@ -268,16 +268,19 @@ def test_an_image_of_nan_attention(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_infinite_key_is_the_least_similar(backend):
     """-inf against a positive query: attention 0 for that token, the image stays finite."""
-    query, keys = torch.ones(1, 4), torch.ones(1, 6, 4)
+    query, keys = torch.ones(1, 6), torch.ones(1, 6, 6)
     keys[0, 2:5, 1:] = -1.0
     keys[0, 3] = -float("inf")  # patch 2
-    hidden = torch.eye(6)[None, :, :4].contiguous()
+    hidden = torch.eye(6)[None]  # patch j is unit vector j + 1
     config = PruMergeConfig(keep=1, neighbours=3, supplement=False)
     merged = prune_merge(query, keys, hidden, config, backend=backend)
     assert merged.attention[0, 2] == 0
     assert merged.attention.isfinite().all()
     assert merged.kept.tolist() == [[0]]
-    assert merged.tokens.isfinite().all()
+    expected = torch.cat([torch.zeros(1), merged.attention[0]])  # patches 1, 3 and 4 are merged
+    expected[1] = 1.0
+    torch.testing.assert_close(merged.tokens[0, 0], expected)
+    assert (expected[[2, 4, 5]] > 0).all()
 
 
 @pytest.mark.parametrize("merge", ["sum", "average", "none"])

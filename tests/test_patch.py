@@ -180,6 +180,25 @@ def test_subclasses_are_patched() -> None:
     assert type(unpatch(model)) is Mine
 
 
+def test_a_new_model_of_its_class_is_plain(tmp_path: Path) -> None:
+    model = patch(tiny_llava())
+    model.save_pretrained(tmp_path)
+    for new in (type(model)(model.config), type(model).from_pretrained(tmp_path)):
+        assert type(new) is LlavaForConditionalGeneration
+        assert logits(new).shape[1] == INPUTS["input_ids"].shape[1]
+    assert is_patched(model)
+
+
+def test_a_class_put_over_the_patched_one_is_not_lost() -> None:
+    model = patch(tiny_llava())
+    pruned_class = type(model)
+    model.__class__ = type("Wrapped", (pruned_class,), {})
+    with pytest.raises(UnsupportedModelError, match="its class was replaced after patching"):
+        unpatch(model)
+    model.__class__ = pruned_class
+    assert type(unpatch(model)) is LlavaForConditionalGeneration
+
+
 def test_looks_like_its_class() -> None:
     model = patch(tiny_llava())
     assert isinstance(model, LlavaForConditionalGeneration)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -138,6 +139,98 @@ def test_loss(
     assert float(loss) == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_loss_of_a_batch_is_that_of_its_prompts(
+    model: LlavaForConditionalGeneration, side: str
+) -> None:
+    """With labels for every word, the first among them, which nothing predicts."""
+    rows = [prompt("image", [3, 4, 5, i]) for i in range(6, 9)]
+    inputs = {**batch(rows, side), "pixel_values": images(3, seed=5)}
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100)
+    loss = model(**inputs, labels=labels).loss
+    assert len(set(model.prumerge.last_lengths)) > 1
+    each = [
+        float(model(ids[None], pixel_values=pixels[None], labels=label[None]).loss)
+        for ids, pixels, label in zip(
+            inputs["input_ids"], inputs["pixel_values"], labels, strict=True
+        )
+    ]  # of as many words each
+    assert float(loss) == pytest.approx(sum(each) / 3, rel=1e-4)
+
+
+@torch.no_grad()
+def test_types_of_tokens_shrink_with_the_prompt(model: LlavaForConditionalGeneration) -> None:
+    inputs = {**batch(PROMPTS), "pixel_values": PIXELS}
+    types = (inputs["input_ids"] == IMAGE).long() + 1
+    used: dict[str, Any] = {}
+    model.model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: used.update(kwargs), with_kwargs=True
+    )
+    model(**inputs, token_type_ids=types, mm_token_type_ids=types)
+    mask = used["attention_mask"]
+    assert torch.equal(used["token_type_ids"] > 0, mask.bool())
+    assert int((used["token_type_ids"] == 2).sum()) == sum(model.prumerge.last_lengths)
+    assert torch.equal(used["token_type_ids"], used["mm_token_type_ids"])
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_autocast(backend: str) -> None:
+    model = tiny_llava()
+    inputs = {**batch(PROMPTS, "right"), "pixel_values": PIXELS}
+    inputs["labels"] = labels_of(inputs["input_ids"])
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(**inputs)
+        everything = patch(model, **EVERYTHING, backend=backend)(**inputs)
+        assert torch.equal(everything.logits, expected.logits)
+        pruned = patch(model, PruMergeConfig())(**inputs)
+        del inputs["labels"]
+        model.generate(**inputs, max_new_tokens=2)
+    pruned.loss.backward()
+    assert model.model.vision_tower.get_parameter(_query_weight(model)).grad.any()
+
+
+def _query_weight(model: LlavaForConditionalGeneration) -> str:
+    names = dict(model.model.vision_tower.named_parameters())
+    return next(name for name in names if name.endswith("layers.3.self_attn.q_proj.weight"))
+
+
+@torch.no_grad()
+def test_images_in_a_list(model: LlavaForConditionalGeneration) -> None:
+    inputs = batch(PROMPTS)
+    expected = model(**inputs, pixel_values=PIXELS).logits
+    for pixels in (list(PIXELS), list(PIXELS.split(1)), [PIXELS[:3], PIXELS[3]]):
+        assert torch.equal(model(**inputs, pixel_values=pixels).logits, expected)
+    one = torch.tensor(PROMPTS[:1])
+    assert torch.equal(
+        model(one, pixel_values=PIXELS[0]).logits, model(one, pixel_values=PIXELS[:1]).logits
+    )
+
+
+@torch.no_grad()
+def test_no_images_in_a_batch_of_images(
+    plain: LlavaForConditionalGeneration, model: LlavaForConditionalGeneration
+) -> None:
+    text = {"input_ids": torch.tensor([PROMPTS[3]])}
+    for empty in (PIXELS[:0], []):
+        assert torch.equal(model(**text, pixel_values=empty).logits, plain(**text).logits)
+        model.generate(**text, pixel_values=empty, max_new_tokens=2)
+
+
+@torch.no_grad()
+def test_a_cache_used_again(model: LlavaForConditionalGeneration) -> None:
+    options = {} if V5 else {"max_batch_size": 1, "device": "cpu", "dtype": torch.float32}
+    cache = StaticCache(config=model.config.text_config, max_cache_len=60, **options)
+    model(torch.tensor(PROMPTS[:1]), pixel_values=PIXELS[:1], past_key_values=cache)
+    cache.reset()
+    ids = torch.tensor([[BOS, *range(3, 50)]])  # longer than the pruned prompt
+    expected = model(ids).logits
+    first = model(ids[:, :40], past_key_values=cache).logits
+    places = torch.arange(40, ids.shape[1])[None]
+    rest = model(ids[:, 40:], past_key_values=cache, position_ids=places).logits
+    close(torch.cat([first, rest], 1), expected)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_reach_the_tower(checkpointing: bool) -> None:
     model = patch(tiny_llava()).train()
@@ -216,6 +309,8 @@ def test_image_features(
         assert model.prumerge.last_lengths == tuple(map(len, expected))
         for actual, one in zip(features, expected, strict=True):
             torch.testing.assert_close(actual, one)
+        plain_form = model.get_image_features(PIXELS, layer, return_dict=False)
+        assert all(map(torch.equal, plain_form[-1] if V5 else plain_form, features))
     with pytest.raises(TypeError, match=r"get_image_features.*interpolate"):
         model.get_image_features(PIXELS, interpolate_pos_encoding=True)
 
@@ -261,6 +356,13 @@ def bad(**changes: Any) -> dict[str, Any]:
         (bad(shift_labels=torch.zeros(4, 9)), "shift_labels: expected None"),
         (bad(image_sizes=torch.zeros(4, 2)), "image_sizes: expected None"),
         (bad(pixel_values=torch.zeros(4, 3, 9, 9)), "size"),
+        (bad(pixel_values=torch.zeros(2, 2, 3, 30, 30)), r"pixel_values: .*got \[2, 2, 3, 30, 30"),
+        (bad(pixel_values=[PIXELS[0], PIXELS[0, :, 1:]]), r"pixel_values: .*\[3, 29, 30\]\]"),
+        (bad(labels=torch.zeros(4, 9)), r"labels: expected the shape of input_ids.*got \[4, 9\]"),
+        (bad(labels=[[1]]), "labels: expected the shape of input_ids.*got list"),
+        (bad(position_ids=torch.zeros(3, 9)), "position_ids: expected the shape of input_ids"),
+        (bad(position_ids=torch.zeros(1, 9)), "position_ids: expected the shape of input_ids"),
+        (bad(past_key_values=()), "past_key_values: expected a Cache or None.*got tuple"),
     ],
 )
 def test_bad_inputs(
@@ -340,6 +442,24 @@ def test_decoding_by_hand(
     for row, ids, pixels in zip(torch.cat(answers, 1).tolist(), PROMPTS, OF_PROMPT, strict=True):
         expected = oracle.answer(ids, pixels, steps)
         assert row[: len(expected)] == expected
+
+
+@torch.no_grad()
+def test_a_step_in_other_terms(model: LlavaForConditionalGeneration) -> None:
+    """Embeddings for ids, and where the caller's prompt ends."""
+    inputs = {**batch(PROMPTS), "pixel_values": PIXELS}
+    length = inputs["input_ids"].shape[1]
+    first = model(**inputs, use_cache=True)
+    place = {"cache_position": torch.arange(length)}
+    assert torch.equal(model(**inputs, **place).logits, first.logits)
+    tokens = torch.tensor([[3], [4], [5], [6]])
+    expected = model(tokens, past_key_values=copy.deepcopy(first.past_key_values)).logits
+    for step in (
+        {"inputs_embeds": model.get_input_embeddings()(tokens)},
+        {"input_ids": tokens, "cache_position": torch.tensor([length])},
+    ):
+        cache = copy.deepcopy(first.past_key_values)
+        assert torch.equal(model(**step, past_key_values=cache).logits, expected)
 
 
 @torch.no_grad()

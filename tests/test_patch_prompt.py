@@ -87,6 +87,23 @@ def test_masked_tokens_inside_stay() -> None:
     assert layout.mask(mask).tolist() == [[1, 0, 1, 1]]
 
 
+def test_labels_of_a_first_column_are_never_predicted() -> None:
+    ids = torch.tensor([[1, 9, 9, 2, 3], [1, 9, 9, 4, 5]])
+    layout = shrink_prompt(ids, None, IMAGE, [2, 2], [1, 2], padding_side="left")
+    labels = layout.labels(ids.masked_fill(ids == IMAGE, -100))
+    assert labels.tolist() == [[-100, -100, -100, 2, 3], [-100, -100, -100, 4, 5]]
+
+
+def test_positions_of_packed_rows() -> None:
+    """Two sequences a row, each with an image of 3 placeholders, of which fewer are left."""
+    ids = torch.tensor([[1, 9, 9, 9, 2, 9, 9, 9, 3, 4], [1, 2, 9, 9, 9, 3, 4, 9, 9, 9]])
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 0, 1, 2, 3]])
+    layout = shrink_prompt(ids, None, IMAGE, [3] * 4, [1, 2, 2, 0], padding_side="left")
+    assert layout.positions(positions).tolist() == [[0, 1, 2, 0, 1, 2, 3], [0, 0, 1, 2, 3, 4, 0]]
+    more = torch.cat([positions, torch.tensor([[5], [4]])], 1)
+    assert layout.positions(more)[:, -1].tolist() == [4, 1]
+
+
 def test_mask_only_where_it_is_needed() -> None:
     ids = torch.tensor([[1, 9, 9], [1, 9, 9]])
     layout = shrink_prompt(ids, None, IMAGE, [2, 2], [1, 1], padding_side="left")
@@ -109,6 +126,20 @@ def test_prompts_that_do_not_fit(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         shrink_prompt(torch.tensor(ids), None, IMAGE, placeholders, lengths, padding_side="left")
+
+
+def test_a_prompt_without_any_token() -> None:
+    ids, mask = torch.tensor([[1, 9, 9], [1, 2, 3]]), torch.tensor([[1, 1, 1], [0, 0, 0]])
+    with pytest.raises(ValueError, match=r"attention_mask: .*got none in prompt 1"):
+        shrink_prompt(ids, mask, IMAGE, [2], [1], padding_side="left")
+
+
+def test_images_are_real_where_the_mask_leaves_them_out() -> None:
+    """Their features have to go somewhere; they stay masked."""
+    ids, mask = torch.tensor([[9, 9, 1, 2, 9, 9]]), torch.tensor([[0, 0, 1, 1, 0, 0]])
+    layout = shrink_prompt(ids, mask, IMAGE, [2, 2], [1, 1], padding_side="left")
+    assert layout.source.tolist() == [[0, 2, 3, 4]]
+    assert layout.mask(mask).tolist() == [[0, 1, 1, 0]]
 
 
 def test_padding_side() -> None:
@@ -137,6 +168,9 @@ def test_layout_on_a_cache() -> None:
         remembered_layout(cache)
     cache.length = 0
     assert remembered_layout(cache) is None
+    cache.length = 2  # of another prompt
+    assert remembered_layout(cache) is None
+    remember_layout(cache, layout)
     forget_layout(cache)
     forget_layout(cache)
     assert not hasattr(cache, "_prumerge_layout")

@@ -38,7 +38,9 @@ class LlavaAdapter(Adapter):
         return model.config.image_token_id
 
     def has_images(self, images: Mapping[str, Any]) -> bool:
-        return images.get("pixel_values") is not None or _precomputed(images) is not None
+        pixel_values = images.get("pixel_values")
+        has_pixels = pixel_values is not None and len(pixel_values) > 0
+        return has_pixels or _precomputed(images) is not None
 
     def query_keys_hidden(
         self, model: Any, images: Mapping[str, Any]
@@ -51,7 +53,8 @@ class LlavaAdapter(Adapter):
         layer = images.get("vision_feature_layer")
         if layer is None:
             layer = model.config.vision_feature_layer
-        return query_keys_hidden(model.model.vision_tower, images["pixel_values"], layer)
+        pixel_values = _stacked(images["pixel_values"])
+        return query_keys_hidden(model.model.vision_tower, pixel_values, layer)
 
     def encode(
         self, model: Any, images: Mapping[str, Any], config: PruMergeConfig, backend: str
@@ -77,6 +80,19 @@ def _precomputed(images: Mapping[str, Any]) -> list[Tensor] | None:
     """The projected features [m, D] of each image, if `get_image_features` was called before."""
     output = (images.get("mm_encoder_outputs") or {}).get("image")
     return None if output is None else list(output.pooler_output)
+
+
+def _stacked(pixel_values: Any) -> Tensor:
+    """One batch [B, 3, H, W] of the images, which may come as a list of [3, H, W] or batches."""
+    images = [pixel_values] if isinstance(pixel_values, Tensor) else list(pixel_values)
+    batches = [image[None] if image.ndim == 3 else image for image in images]
+    shapes = [list(image.shape) for image in images]
+    if any(batch.ndim != 4 or batch.shape[1:] != batches[0].shape[1:] for batch in batches):
+        raise ValueError(
+            "pixel_values: expected a batch [B, 3, height, width] or a list of images "
+            f"[3, height, width] of one size, got {shapes[0] if len(shapes) == 1 else shapes}"
+        )
+    return torch.cat(batches)
 
 
 def _check_strategy(strategy: object) -> None:
