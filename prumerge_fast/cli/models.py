@@ -60,9 +60,10 @@ def load(model: str | None, *, dtype: str, device: str, load_in_4bit: bool) -> L
         logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(source)
-        if not FAMILIES.keys() & set(config.architectures or ()):
+        loadable = [name for name, family in FAMILIES.items() if family.in_transformers]
+        if not set(loadable) & set(config.architectures or ()):
             raise InputError(
-                f"--model: expected one of {', '.join(FAMILIES)}, got "
+                f"--model: expected one of {', '.join(loadable)}, got "
                 f"{' '.join(config.architectures or [config.model_type])} in {source}"
             )
         processor = AutoProcessor.from_pretrained(source)
