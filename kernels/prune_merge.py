@@ -37,6 +37,7 @@ from .selection import (
 # Numbers that change from call to call are not worth a compilation each.
 _NOT_SPECIALIZED = [
     "capacity", "q1_rank", "q3_rank", "num_attended", "num_spatial", "neighbours",
+    "num_tiles",
 ]  # fmt: skip
 
 
@@ -55,6 +56,8 @@ def prune_merge_kernel(
     # options
     softmax_scale, q1_rank, q1_weight, q3_rank, q3_weight, fence,
     num_attended, num_spatial, neighbours,
+    # ceil(N / BLOCK_N): known beforehand, but loops over it that were unrolled would spill
+    num_tiles,
     N: tl.constexpr, C: tl.constexpr,
     HAS_BUDGET: tl.constexpr, PLUS: tl.constexpr, RASTER: tl.constexpr,
     MERGE: tl.constexpr, SUPPLEMENT: tl.constexpr,
@@ -88,7 +91,7 @@ def prune_merge_kernel(
 
     # ---- step 1: scores and norms
     score_patches(
-        image_query, stride_qc, patch_keys, scores, inverse_norms,
+        image_query, stride_qc, patch_keys, scores, inverse_norms, num_tiles,
         STRIDE_KN, STRIDE_KC, N, C, BLOCK_N, BLOCK_SCORE, TENSOR_CORES,
     )  # fmt: skip
     own_score = class_token_score(image_query, stride_qc, image_keys, STRIDE_KC, C, C_PAD)
@@ -146,26 +149,26 @@ def prune_merge_kernel(
             row_unscale = tl.where(is_centre, unscale, supplement_unscale)
             if MERGE == "none":
                 store_supplement_weights(
-                    weights, left, is_supplement, supplement_scale, N, BLOCK_M, BLOCK_N
+                    weights, left, is_supplement, supplement_scale, num_tiles, BLOCK_M, BLOCK_N
                 )
             else:
                 store_similarities(
-                    own, patch_keys, inverse_norms, similarities, guesses,
+                    own, patch_keys, inverse_norms, similarities, guesses, num_tiles,
                     STRIDE_KN, STRIDE_KC, N, C, BLOCK_M, BLOCK_N, BLOCK_C, PRECISION,
                 )  # fmt: skip
                 tl.debug_barrier()
                 threshold, reached = kth_largest(
-                    similarities, guesses, is_centre, neighbours, N, BLOCK_M, BLOCK_N
+                    similarities, guesses, is_centre, neighbours, num_tiles, N, BLOCK_M, BLOCK_N
                 )
                 last = last_tied(
-                    similarities, threshold, reached, is_centre, neighbours,
+                    similarities, threshold, reached, is_centre, neighbours, num_tiles,
                     N, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
                 row_scale = tl.zeros((BLOCK_M,), tl.float32) + scale
                 if MERGE == "average":
                     own_attention = tl.load(attention_words + own)  # [BM]
                     total = own_attention + neighbour_weight(
-                        similarities, attention_words, threshold, last, N, BLOCK_M, BLOCK_N
+                        similarities, attention_words, threshold, last, num_tiles, BLOCK_M, BLOCK_N
                     )
                     is_weightless = total == 0
                     row_scale = tl.where(is_weightless, 0.0, 1.0 / total)
@@ -174,14 +177,14 @@ def prune_merge_kernel(
                     row_unscale = tl.where(is_centre, 1.0, supplement_unscale)
                 store_weights(
                     weights, similarities, attention_words, left, threshold, last, row_scale,
-                    is_centre, is_supplement, supplement_scale, N, BLOCK_M, BLOCK_N,
+                    is_centre, is_supplement, supplement_scale, num_tiles, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
             tl.debug_barrier()
             own_rows = patches + own.to(tl.int64) * STRIDE_YN  # [BM]
             for start in range(0, C, BLOCK_OUT):
                 channels = start + tl.arange(0, BLOCK_OUT)  # [BO]
                 sums = weighted_rows(
-                    weights, patches, start,
+                    weights, patches, start, num_tiles,
                     STRIDE_YN, STRIDE_YC, N, C, BLOCK_M, BLOCK_N, BLOCK_OUT, PRECISION,
                 )  # fmt: skip
                 inside = (channels < C)[None, :]
@@ -287,6 +290,7 @@ def launch_arguments(
         1 / math.sqrt(channels),
         *_percentile(0.25, num_patches), *_percentile(0.75, num_patches), fence,
         num_attended, num_spatial, neighbours,
+        -(-num_patches // launch.block_n),
     )  # fmt: skip
     named = {
         "N": num_patches,
@@ -309,6 +313,8 @@ def launch_arguments(
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
     }
+    if launch.max_registers is not None:
+        named["maxnreg"] = launch.max_registers
     return (tokens, lengths, kept, attention), positional, named
 
 
