@@ -90,14 +90,13 @@ def choose_launch(
         )
     # Of the tile sizes tried, the largest that spill nowhere: tests/test_kernel_resources.py.
     if rows_each > 32:
-        wide = _step(128, channels)
         return LaunchConfig(
             splits=splits,
             block_m=64,
             block_n=64,
             block_c=_step(64, channels),
-            block_score=wide,
-            block_out=wide,
+            block_score=_step(128, channels),
+            block_out=_step(64 if target in ("sm_86", "sm_89") else 128, channels),
             precision="tf32",
             num_warps=8,
             num_stages=2,

@@ -37,7 +37,6 @@ from .selection import (
 # Numbers that change from call to call are not worth a compilation each.
 _NOT_SPECIALIZED = [
     "capacity", "q1_rank", "q3_rank", "num_attended", "num_spatial", "neighbours",
-    "num_tiles",
 ]  # fmt: skip
 
 
@@ -56,8 +55,6 @@ def prune_merge_kernel(
     # options
     softmax_scale, q1_rank, q1_weight, q3_rank, q3_weight, fence,
     num_attended, num_spatial, neighbours,
-    # ceil(N / BLOCK_N): known beforehand, but loops over it that were unrolled would spill
-    num_tiles,
     N: tl.constexpr, C: tl.constexpr,
     HAS_BUDGET: tl.constexpr, PLUS: tl.constexpr, RASTER: tl.constexpr,
     MERGE: tl.constexpr, SUPPLEMENT: tl.constexpr,
@@ -68,6 +65,8 @@ def prune_merge_kernel(
 ):  # fmt: skip
     """See `prune_merge`; merge is "sum", "average" or "none"."""
     TILES: tl.constexpr = tl.cdiv(N, BLOCK_N) * BLOCK_N
+    # The grid has no third axis, which the compiler does not know: unrolled loops would spill.
+    num_tiles = tl.cdiv(N, BLOCK_N) * tl.num_programs(2)
     split = tl.program_id(1)
     splits = tl.num_programs(1)
     program = (tl.program_id(0) * splits + split).to(tl.int64)
@@ -290,7 +289,6 @@ def launch_arguments(
         1 / math.sqrt(channels),
         *_percentile(0.25, num_patches), *_percentile(0.75, num_patches), fence,
         num_attended, num_spatial, neighbours,
-        -(-num_patches // launch.block_n),
     )  # fmt: skip
     named = {
         "N": num_patches,
