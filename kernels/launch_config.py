@@ -64,13 +64,39 @@ def choose_launch(
     Raises:
         ValueError: There is no configuration for the target.
     """
+    # Few images: many programs share one, so that the GPU is full. Many: the keys are read least
+    # often when one program takes large tiles of rows.
+    splits = max(1, min(-(-rows // 16), _WIDE_GPU // max(batch, 1)))
+    return _configure(splits, channels, rows, dtype, target)
+
+
+def launch_candidates(
+    batch: int, num_patches: int, channels: int, rows: int, dtype: torch.dtype, target: str
+) -> list[LaunchConfig]:
+    """Configurations worth timing, the one of `choose_launch` first; arguments as there."""
+    first = choose_launch(batch, num_patches, channels, rows, dtype, target)
+    tiles = -(-rows // 16)
+    splits = sorted({tiles, *(1 << i for i in range(tiles.bit_length()))})
+    others = [_configure(count, channels, rows, dtype, target) for count in splits]
+    narrow = [
+        dataclasses.replace(
+            launch,
+            block_c=max(32, launch.block_c // 2),
+            block_score=max(32, launch.block_score // 2),
+            block_out=max(32, launch.block_out // 2),
+        )
+        for launch in (first, *others)
+    ]
+    return list(dict.fromkeys((first, *others, *narrow)))
+
+
+def _configure(
+    splits: int, channels: int, rows: int, dtype: torch.dtype, target: str
+) -> LaunchConfig:
+    """Tiles for `splits` programs an image."""
     obstacle = target_obstacle(target)
     if obstacle is not None:
         raise ValueError(f"target: {obstacle}")
-    tiles = -(-rows // 16)
-    # Few images: many programs share one, so that the GPU is full. Many: the keys are read least
-    # often when one program takes large tiles of rows.
-    splits = max(1, min(tiles, _WIDE_GPU // max(batch, 1)))
     rows_each = -(-rows // splits)
     is_cuda = target.startswith("sm_")
     # All that there are; left alone, the assembler may spill to fit one program more on the GPU.
