@@ -24,6 +24,8 @@ CONFIGS = {
     "budget-average": PruMergeConfig(keep=7, neighbours=6, merge="average", order="raster"),
     "plus-budget": PruMergeConfig(variant="prumerge+", keep=9, neighbours=1, supplement=False),
     "none": PruMergeConfig(merge="none", fence=0.25),
+    # Two tiles of rows in one program: the second must wait for the first.
+    "plus-none": PruMergeConfig(variant="prumerge+", merge="none", fence=0.25),
     "everything": PruMergeConfig(keep=1.0, neighbours=1000, merge="average"),
 }
 
@@ -44,6 +46,14 @@ def random_inputs(
     keys[:, 1::7] += 0.5 * query[:, None]
     hidden = normal(batch, 1 + num_patches, channels)
     return query.to(dtype), keys.to(dtype), hidden.to(dtype)
+
+
+def tied_inputs(dtype: torch.dtype) -> Inputs:
+    """Keys of small integers, every product and sum exact, so that equal keys tie exactly."""
+    query, keys, hidden = random_inputs(1, 24, 32, dtype)
+    keys = (keys.float() * 2).round().to(dtype)
+    keys[:, 9:17] = keys[:, 1:9]
+    return query, keys, hidden
 
 
 def golden(name: str) -> tuple[Inputs, dict[str, np.ndarray]]:
