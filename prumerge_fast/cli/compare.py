@@ -268,6 +268,8 @@ def _as_json(
             "max_new_tokens": options.max_new_tokens,
             "repeat": options.repeat,
         },
+        "parameters": loaded.model.num_parameters(),
+        "weight_bytes": loaded.model.get_memory_footprint(),
         "questions": len(policies[0].answers),
         "results": {
             policy.name: {

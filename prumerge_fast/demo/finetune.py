@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -45,7 +45,7 @@ TOWER = r"model\.vision_tower\..*\.self_attn\.\w+_proj"
 class FinetuneConfig:
     """One epoch of LoRA."""
 
-    variant: str = "prumerge"
+    variant: Literal["prumerge", "prumerge+"] = "prumerge"
     questions: int = 3600
     batch_size: int = 24
     learning_rate: float = 1e-3
@@ -129,7 +129,7 @@ def finetune(model: PeftModel, tokenizer: Any, output: Path, config: FinetuneCon
     )
     trainer = Trainer(model, arguments, data_collator=data.collate, train_dataset=data)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output)))
-    model.save_pretrained(output / "adapter")
+    model.save_pretrained(str(output / "adapter"))
 
 
 def evaluate(loaded: Loaded, config: PruMergeConfig | None, count: int) -> dict[str, Any]:
