@@ -3,6 +3,8 @@
 A patched instance gets a subclass of its own class, of the same name, with the methods that its
 family's adapter overrides. Nothing else changes, on the instance, its modules or anywhere in the
 process, so that undoing it is complete, and saving, copying and pickling work.
+
+A model that PEFT wraps is patched inside its wrapper, which passes everything on.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ def patch(
     as do new images in a later turn that reuses the cache.
 
     Args:
-        model: A model of a supported family; its weights are not touched.
+        model: A model of a supported family, or PEFT's wrapper of one; its weights are not touched.
         config: The options; `None` for the defaults, or those the model is patched with.
         backend: `"auto"`, `"triton"`, `"torch"` or `"reference"`; `None` for `"auto"`, or the one
             that the model is patched with.
@@ -78,9 +80,9 @@ def patch(
         ValueError: A value is out of range.
         BackendUnavailableError: The backend was asked for by name and cannot run.
     """
-    adapter = adapter_for(model)
-    instance: Any = model
-    current = instance.prumerge if is_patched(model) else None
+    instance: Any = without_peft(model)
+    adapter = adapter_for(instance)
+    current = instance.prumerge if is_patched(instance) else None
     if config is None:
         config = PruMergeConfig() if current is None else current.config
     elif not isinstance(config, PruMergeConfig):
@@ -88,9 +90,9 @@ def patch(
     config = config.replace(**config_fields)
     if backend is None:
         backend = "auto" if current is None else current.backend
-    adapter.check(model)
-    config.budget(adapter.num_patches(model))  # raises when `keep` does not fit
-    resolve_backend(backend, adapter.device(model))
+    adapter.check(instance)
+    config.budget(adapter.num_patches(instance))  # raises when `keep` does not fit
+    resolve_backend(backend, adapter.device(instance))
     if current is None:
         _check_methods(instance)
         _change_class(instance, _patched_class(instance.__class__))
@@ -109,17 +111,17 @@ def unpatch(model: Model) -> Model:
         UnsupportedModelError: Its class, or a method of the instance that `patch` overrides, was
             replaced since.
     """
-    if not is_patched(model):
-        raise ValueError(f"model: expected a patched model, got a plain {type(model).__name__}")
-    if "_prumerge_base" not in vars(type(model)):
+    instance: Any = without_peft(model)
+    if not is_patched(instance):
+        raise ValueError(f"model: expected a patched model, got a plain {type(instance).__name__}")
+    if "_prumerge_base" not in vars(type(instance)):
         raise UnsupportedModelError(
             "model: its class was replaced after patching, which unpatching would undo as well; "
             "undo that first"
         )
-    instance: Any = model
     _check_methods(instance)
     del instance.prumerge
-    _change_class(instance, type(model)._prumerge_base)  # type: ignore[attr-defined]
+    _change_class(instance, type(instance)._prumerge_base)
     return model
 
 
@@ -135,8 +137,8 @@ def patched(
 
     Takes the arguments of `patch` and raises its errors.
     """
-    instance: Any = model
-    before = instance.prumerge if is_patched(model) else None
+    instance: Any = without_peft(model)
+    before = instance.prumerge if is_patched(instance) else None
     patch(model, config, backend=backend, **config_fields)
     try:
         yield model
@@ -150,8 +152,15 @@ def patched(
 
 
 def is_patched(model: object) -> bool:
-    """Whether `patch` was applied to this instance."""
-    return hasattr(type(model), "_prumerge_base")
+    """Whether `patch` was applied to this instance, or to the one inside PEFT's wrapper."""
+    return hasattr(type(without_peft(model)), "_prumerge_base")
+
+
+def without_peft(model: Any) -> Any:
+    """The model that PEFT wraps (`PeftModel`, `PeftMixedModel`); any other as it is."""
+    if any(cls.__name__ in ("PeftModel", "PeftMixedModel") for cls in type(model).__mro__):
+        return model.get_base_model()
+    return model
 
 
 @functools.cache
