@@ -90,3 +90,14 @@ def assert_like_torch(inputs: Inputs, config: PruMergeConfig, dtype: torch.dtype
     for tokens, length in zip(found.tokens, found.lengths.tolist(), strict=True):
         assert not tokens[length:].any()
     return found
+
+
+def assert_like_torch_but_not_finite(inputs: Inputs, config: PruMergeConfig) -> None:
+    """`assert_like_torch` for a batch of two float16 images of which the first is not finite."""
+    expected = prune_merge(*(tensor.float() for tensor in inputs), config, backend="torch")
+    found = prune_merge(*inputs, config, backend="triton")
+    assert torch.equal(found.kept, expected.kept)
+    assert torch.equal(found.attention.isnan(), expected.attention.isnan())
+    assert relative_error(found.tokens[1], expected.tokens[1]) < TOLERANCE[torch.float16]
+    for tokens, length in zip(found.tokens, found.lengths.tolist(), strict=True):
+        assert not tokens[length:].any()  # NaN counts as any
