@@ -134,5 +134,7 @@ def encode(model: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             PruMerge does not work with.
     """
     from prumerge_fast.adapters import adapter_for  # the families import this module
+    from prumerge_fast.patching import without_peft
 
+    model = without_peft(model)
     return adapter_for(model).query_keys_hidden(model, {"pixel_values": pixel_values})
