@@ -2,7 +2,7 @@
 
     python bench/gpu.py                       # all of bench_backends.py's cases
     python bench/gpu.py --only 576-1024       # those whose name matches
-    python bench/gpu.py --device cpu --only 1-196-192-float32-prumerge-torch$   # a try without a GPU
+    python bench/gpu.py --device cpu --only 1-196-192-float32-prumerge-torch$  # no GPU
 
 On a GPU each call is a CUDA graph (the reference, which waits for the device, is not), replayed on
 inputs that rotate through more than the L2 cache. `copy` is a copy of a large buffer timed the same
