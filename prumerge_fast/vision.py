@@ -17,17 +17,20 @@ from prumerge_fast.versions import clip_transformer, run_encoder_layer
 
 def check_tower(tower: Any) -> None:
     """Raise `UnsupportedModelError` unless `tower` is a CLIP vision tower of transformers."""
+    check_class(tower, "CLIPVisionModel")
+
+
+def check_class(tower: Any, expected: str) -> None:
+    """Raise `UnsupportedModelError` unless the tower's class or a base of it is called so."""
     name = type(tower).__name__
-    if any(cls.__name__ == "CLIPVisionModel" for cls in type(tower).__mro__):
+    if any(cls.__name__ == expected for cls in type(tower).__mro__):
         return
     reason = (
         "has no class token, whose attention PruMerge ranks patches by"
         if "siglip" in name.lower() or "pixtral" in name.lower()
         else "is not known"
     )
-    raise UnsupportedModelError(
-        f"vision tower: expected a CLIPVisionModel, got {name}, which {reason}"
-    )
+    raise UnsupportedModelError(f"vision tower: expected a {expected}, got {name}, which {reason}")
 
 
 def num_patches(tower: Any) -> int:
@@ -47,12 +50,16 @@ def reading_layer(tower: Any, feature_layer: object) -> int:
         UnsupportedModelError: It is a list, out of range, or the last layer's output, which no
             layer reads, so that there are no queries and keys of it.
     """
-    expected = "vision_feature_layer: expected one int"
+    return layer_index(len(clip_transformer(tower).encoder.layers), feature_layer)
+
+
+def layer_index(layers: int, feature_layer: object, name: str = "vision_feature_layer") -> int:
+    """`reading_layer` for a tower of so many layers; errors call the option `name`."""
+    expected = f"{name}: expected one int"
     if isinstance(feature_layer, bool) or not isinstance(feature_layer, int):
         raise UnsupportedModelError(
             f"{expected}, got {feature_layer!r}; several feature layers have no common keys"
         )
-    layers = len(clip_transformer(tower).encoder.layers)
     index = feature_layer if feature_layer >= 0 else layers + 1 + feature_layer
     if index == layers:
         raise UnsupportedModelError(
@@ -127,5 +134,7 @@ def encode(model: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             PruMerge does not work with.
     """
     from prumerge_fast.adapters import adapter_for  # the families import this module
+    from prumerge_fast.patching import without_peft
 
+    model = without_peft(model)
     return adapter_for(model).query_keys_hidden(model, {"pixel_values": pixel_values})

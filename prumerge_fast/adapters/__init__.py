@@ -5,28 +5,41 @@ from __future__ import annotations
 from importlib import import_module
 from typing import NamedTuple
 
-from prumerge_fast.adapters.base import Adapter
+from prumerge_fast.adapters.base import BaseAdapter
 from prumerge_fast.errors import UnsupportedModelError
 
 
 class Family(NamedTuple):
-    """A model family: its name for people, and the module whose `ADAPTER` knows it."""
+    """A model family: its name for people, and the module whose `ADAPTER` knows it.
+
+    The command line loads those of transformers.
+    """
 
     title: str
     module: str
+    in_transformers: bool = True
 
+
+_ORIGINAL = Family("the original LLaVA package", "prumerge_fast.adapters.original", False)
+_ORIGINAL_TOWER = Family("its vision tower", "prumerge_fast.adapters.original_tower", False)
 
 FAMILIES = {
-    "LlavaForConditionalGeneration": Family("LLaVA in transformers", "prumerge_fast.adapters.llava")
+    "LlavaForConditionalGeneration": Family(
+        "LLaVA in transformers", "prumerge_fast.adapters.llava"
+    ),
+    "LlavaLlamaForCausalLM": _ORIGINAL,
+    "LlavaMistralForCausalLM": _ORIGINAL,
+    "LlavaMptForCausalLM": _ORIGINAL,
+    "CLIPVisionTower": _ORIGINAL_TOWER,
 }
 
 
-def adapter_for(model: object) -> Adapter:
+def adapter_for(model: object) -> BaseAdapter:
     """The adapter of a model's family; see `adapter_for_class`."""
     return adapter_for_class(type(model))
 
 
-def adapter_for_class(model_class: type) -> Adapter:
+def adapter_for_class(model_class: type) -> BaseAdapter:
     """The adapter of the family that a class, or one it derives from, belongs to.
 
     Raises:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from prumerge_fast.config import PruMergeConfig
@@ -27,14 +28,12 @@ class ImageTokens:
     placeholders: list[int]
 
 
-class Adapter(ABC):
-    """One model family. Stateless: every method is given the model.
+Override = Callable[[Any, Any, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+"""`(model, adapter, original, args, kwargs)`: a call of a method that a patched model overrides."""
 
-    Methods take the arguments of the model's `forward` that describe images, by name (`images`).
-    """
 
-    image_arguments: ClassVar[tuple[str, ...]]
-    """Names of those arguments."""
+class BaseAdapter(ABC):
+    """What `patch` needs of a model family. Stateless: every method is given the model."""
 
     @abstractmethod
     def check(self, model: Any) -> None:
@@ -45,18 +44,51 @@ class Adapter(ABC):
         """N, the number of patch tokens that one pruning chooses from."""
 
     @abstractmethod
+    def query_keys_hidden(
+        self, model: Any, images: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The arguments of `prune_merge` for these images."""
+
+    @abstractmethod
+    def overrides(self) -> Mapping[str, Override]:
+        """The methods of a patched model that differ from those of its class, by name."""
+
+    def device(self, model: Any) -> torch.device:
+        """Where the images are encoded."""
+        return model.device
+
+
+class Adapter(BaseAdapter):
+    """A family in transformers, whose prompts hold as many placeholders as there are features.
+
+    Methods take the arguments of the model's `forward` that describe images, by name (`images`).
+    """
+
+    image_arguments: ClassVar[tuple[str, ...]]
+    """Names of those arguments."""
+
+    def overrides(self) -> Mapping[str, Override]:
+        from prumerge_fast import forward, generation  # they import this module
+
+        return {
+            "forward": forward.forward,
+            "get_image_features": forward.get_image_features,
+            "generate": torch.no_grad()(generation.generate),
+            "_get_logits_processor": lambda model, adapter, original, args, kwargs: (
+                generation.logits_processors(original, *args, **kwargs)
+            ),
+            "_get_stopping_criteria": lambda model, adapter, original, args, kwargs: (
+                generation.stopping_criteria(original, *args, **kwargs)
+            ),
+        }
+
+    @abstractmethod
     def image_token_id(self, model: Any) -> int:
         """Id of the placeholder token in prompts."""
 
     @abstractmethod
     def has_images(self, images: Mapping[str, Any]) -> bool:
         """Whether these arguments hold any image."""
-
-    @abstractmethod
-    def query_keys_hidden(
-        self, model: Any, images: Mapping[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The arguments of `prune_merge` for these images."""
 
     @abstractmethod
     def encode(

@@ -15,6 +15,7 @@ import torch
 from prumerge_fast.adapters import FAMILIES, adapter_for
 from prumerge_fast.cli.inputs import IMAGE_TOKEN, InputError, Item
 from prumerge_fast.config import PruMergeConfig
+from prumerge_fast.quantisation import quantisation_config
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,10 @@ def load(model: str | None, *, dtype: str, device: str, load_in_4bit: bool) -> L
         logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(source)
-        if not FAMILIES.keys() & set(config.architectures or ()):
+        loadable = [name for name, family in FAMILIES.items() if family.in_transformers]
+        if not set(loadable) & set(config.architectures or ()):
             raise InputError(
-                f"--model: expected one of {', '.join(FAMILIES)}, got "
+                f"--model: expected one of {', '.join(loadable)}, got "
                 f"{' '.join(config.architectures or [config.model_type])} in {source}"
             )
         processor = AutoProcessor.from_pretrained(source)
@@ -162,18 +164,7 @@ def _quantisation(load_in_4bit: bool, dtype: torch.dtype, device: torch.device) 
             "--load-in-4bit: expected bitsandbytes to be installed, got none; "
             "run: pip install 'prumerge_fast[int4]'"
         )
-    from transformers import BitsAndBytesConfig
-
-    kept_whole = ["vision_tower", "multi_modal_projector", "lm_head"]
-    # transformers 5 knows these modules by their full names only, 4.x by the short ones.
-    kept_whole += [f"model.{name}" for name in kept_whole[:2]]
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=kept_whole,
-    )
-    return {"quantization_config": config, "device_map": {"": device}}
+    return {"quantization_config": quantisation_config(4, dtype), "device_map": {"": device}}
 
 
 def prepare(loaded: Loaded, items: Sequence[Item]) -> Any:
