@@ -11,12 +11,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-)
+from subjects import random_llava
+from transformers import LlavaForConditionalGeneration
 
 from prumerge_fast.config import PruMergeConfig
 from prumerge_fast.dispatch import prune_merge
@@ -28,24 +24,8 @@ CONFIG = PruMergeConfig(keep=72)  # random weights say nothing about what adapts
 
 @pytest.fixture(scope="module")
 def model() -> LlavaForConditionalGeneration:
-    """LLaVA-1.5-7B's tower and projector, before a language model that is not used."""
-    torch.manual_seed(0)
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=1024,
-            intermediate_size=4096,
-            num_hidden_layers=24,
-            num_attention_heads=16,
-            image_size=336,
-            patch_size=14,
-        ),
-        text_config=LlamaConfig(
-            hidden_size=4096, intermediate_size=64, num_hidden_layers=1, vocab_size=64
-        ),
-        image_token_id=63,
-        image_token_index=63,
-    )
-    return LlavaForConditionalGeneration(config).eval()
+    """LLaVA-1.5-7B's tower and projector; the language model is not used."""
+    return random_llava(layers=1)
 
 
 @pytest.mark.parametrize("projector", [True, False], ids=["with projector", "tower"])

@@ -50,6 +50,7 @@ def comparison() -> str:
         row("visual tokens (mean)", lambda p: f"{p['visual_tokens']['mean']:.1f}"),
         row("vision tower", milliseconds("vision")),
         row("prune + merge", milliseconds("prune_merge")),
+        row("projector", milliseconds("projector")),
         row("prefill", milliseconds("prefill")),
         row("decode", milliseconds("decode")),
         row("whole answer", milliseconds("total")),

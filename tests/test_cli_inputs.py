@@ -159,7 +159,10 @@ def test_summary():
                 answer("2", "2", "b", 576), answer("hm", None, None, 576)]  # fmt: skip
     answers = [answer("Yes.", "yes", "a", 40), answer("yes", "yes", "a", 60),
                answer("3", "2", "b", 50), answer("hm", None, None, 50)]  # fmt: skip
-    times = [StageTimes(0.1, None, 0.2, 0.3, 0.7), StageTimes(0.3, None, 0.4, 0.5, 1.3)]
+    times = [
+        StageTimes(0.1, None, 0.01, 0.2, 0.3, 0.7),
+        StageTimes(0.3, None, 0.03, 0.4, 0.5, 1.3),
+    ]
 
     summary = summarise(answers, times, baseline)
     assert summary["visual_tokens"] == {"mean": 50, "min": 40, "max": 60}
@@ -170,5 +173,6 @@ def test_summary():
     milliseconds = summary["milliseconds"]
     assert milliseconds["prune_merge"] is None
     assert milliseconds["vision"] == pytest.approx(200)
+    assert milliseconds["projector"] == pytest.approx(20)
     assert milliseconds["total"] == pytest.approx(1000)
     assert summarise(answers[3:], times, baseline[3:])["accuracy"] is None

@@ -111,9 +111,7 @@ def run(options: CompareOptions) -> None:
         f"batches of {options.batch_size}, backend {backend}"
     )
     console.print(report.comparison_table(results))
-    console.print(
-        "Times: median per question; prefill includes the projector, total is all of generate()."
-    )
+    console.print("Times: median per question; total is all of generate().")
 
 
 def accuracy(

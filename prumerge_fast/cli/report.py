@@ -28,6 +28,7 @@ PACKAGES = (
 STAGES = {
     "vision": "vision tower",
     "prune_merge": "prune+merge",
+    "projector": "projector",
     "prefill": "prefill",
     "decode": "decode",
     "total": "total",

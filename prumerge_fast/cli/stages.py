@@ -7,11 +7,13 @@ Nothing is run twice or simulated: hooks on the model's own modules take the tim
 |-------------|------------------------------------|-----------------------------------|
 | vision      | patch embedding                    | the vision tower's last module    |
 | prune+merge | there                              | projector                         |
-| prefill     | projector (inclusive)              | logits of the first token         |
+| projector   | there                              | its end                           |
+| prefill     | there                              | logits of the first token         |
 | decode      | there                              | end of `generate`                 |
 
 `total` is the whole call, with what `generate` does before the vision tower. Unpatched, nothing
-happens between tower and projector, so prune+merge is `None`.
+happens between tower and projector, so prune+merge is `None`. On a GPU the marks are CUDA events,
+so that the clock itself never makes the host wait.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ class StageTimes:
 
     vision: float
     prune_merge: float | None
+    projector: float
     prefill: float
     decode: float
     total: float
@@ -46,6 +49,11 @@ class StageTimes:
             for stage, seconds in asdict(self).items()
         }
         return StageTimes(**shares)
+
+    @property
+    def first_token(self) -> float:
+        """From the call to the first token's logits."""
+        return self.total - self.decode
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,7 @@ def measure(
     *,
     backend: str,
     max_new_tokens: int,
+    min_new_tokens: int | None = None,
 ) -> Measurement:
     """Answers a batch greedily with the model as it is (`config=None`) or patched, on the clock."""
     with ExitStack() as stack:
@@ -81,6 +90,7 @@ def measure(
         output = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
             do_sample=False,
             num_beams=1,
             return_dict_in_generate=True,
@@ -122,7 +132,7 @@ class _Clock:
     def __init__(self, model: Any, *, pruned: bool) -> None:
         self._model = model
         self._pruned = pruned
-        self._marks: dict[str, float] = {}
+        self._marks: dict[str, Any] = {}  # seconds, or CUDA events
         self._hooks = ExitStack()
 
     def __enter__(self) -> _Clock:
@@ -136,6 +146,7 @@ class _Clock:
             self._after(attention.q_proj, "vision end")
             self._after(attention.k_proj, "vision end")
         self._before(llava.multi_modal_projector, "projector")
+        self._after(llava.multi_modal_projector, "projector end")
         self._after(self._model.get_output_embeddings(), "logits", only_first=True)
         self._mark("start")
         return self
@@ -146,15 +157,22 @@ class _Clock:
     def stop(self) -> StageTimes:
         """The times from entering until now."""
         self._mark("end")
-        at = self._marks
-        vision_end = at["vision end"] if self._pruned else at["projector"]
+        vision_end = "vision end" if self._pruned else "projector"
         return StageTimes(
-            vision=vision_end - at["vision"],
-            prune_merge=at["projector"] - vision_end if self._pruned else None,
-            prefill=at["logits"] - at["projector"],
-            decode=at["end"] - at["logits"],
-            total=at["end"] - at["start"],
+            vision=self._between("vision", vision_end),
+            prune_merge=self._between(vision_end, "projector") if self._pruned else None,
+            projector=self._between("projector", "projector end"),
+            prefill=self._between("projector end", "logits"),
+            decode=self._between("logits", "end"),
+            total=self._between("start", "end"),
         )
+
+    def _between(self, start: str, end: str) -> float:
+        first, last = self._marks[start], self._marks[end]
+        if isinstance(first, float):
+            return last - first
+        last.synchronize()
+        return first.elapsed_time(last) / 1e3
 
     def _before(self, module: torch.nn.Module, name: str) -> None:
         handle = module.register_forward_pre_hook(lambda *_: self._mark(name))
@@ -171,5 +189,7 @@ class _Clock:
 
     def _mark(self, name: str) -> None:
         if self._model.device.type == "cuda":
-            torch.cuda.synchronize(self._model.device)
-        self._marks[name] = time.perf_counter()
+            self._marks[name] = torch.cuda.Event(enable_timing=True)
+            self._marks[name].record(torch.cuda.current_stream(self._model.device))
+        else:
+            self._marks[name] = time.perf_counter()
