@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import ptxemu
 import pytest
 import torch
@@ -87,6 +88,40 @@ def test_strides(emulator: ptxemu.Emulator) -> None:
     inputs = (apart, transposed, sliced)
     assert not any(tensor.is_contiguous() for tensor in inputs)
     assert_like_torch(inputs, CONFIGS["default"], torch.float16)
+
+
+def far_apart(tensor: torch.Tensor, axis: int, stride: int) -> torch.Tensor:
+    """The same values, with 2**31 elements or more between the ends of an axis.
+
+    Most of the memory behind them is never touched, so none is taken.
+    """
+    shape = list(tensor.shape)
+    strides = list(tensor.contiguous().stride())
+    strides[axis] = stride
+    size = 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+    assert size > 2**31
+    # Not `torch.empty`, which poisoning would fill.
+    storage = torch.from_numpy(np.empty(size, np.float16))
+    return storage.as_strided(shape, strides).copy_(tensor)
+
+
+IMAGES, TOKENS, CHANNELS = 2**31 + 8, 2**27 + 8, 2**26 + 8  # strides
+
+
+@pytest.mark.parametrize(
+    ("where", "strides"),
+    [(0, (IMAGES, CHANNELS)), (1, (IMAGES, TOKENS, CHANNELS)), (2, (IMAGES, TOKENS, CHANNELS))],
+    ids=["query", "keys", "hidden"],
+)
+def test_offsets_past_32_bits(
+    emulator: ptxemu.Emulator, where: int, strides: tuple[int, ...]
+) -> None:
+    emulator.schedule, emulator.check_races = "lockstep", False
+    inputs = random_inputs(2, 20, 40, torch.float16)
+    for axis, stride in enumerate(strides):
+        moved = list(inputs)
+        moved[where] = far_apart(inputs[where], axis, stride)
+        assert_like_torch((moved[0], moved[1], moved[2]), CONFIGS["default"], torch.float16)
 
 
 def test_no_images(emulator: ptxemu.Emulator) -> None:
