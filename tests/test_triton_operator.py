@@ -6,26 +6,25 @@ programs are `test_kernel_emulator.py`'s matter.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import ptxemu
 import pytest
 import torch
-from kernel_cases import CONFIGS, TOLERANCE, random_inputs, relative_error
+from kernel_cases import (
+    CONFIGS,
+    TOLERANCE,
+    assert_generates_like_torch,
+    random_inputs,
+    relative_error,
+)
 from prumerge_fast.kernels import autotune
 from prumerge_fast.kernels import prune_merge as kernel
 from prumerge_fast.kernels.launch_config import LaunchConfig
 from triton.runtime.errors import OutOfResources
 
-import prumerge_fast
 from prumerge_fast.config import PruMergeConfig
-from prumerge_fast.demo import PROMPT, load_demo
-from prumerge_fast.demo.scenes import benchmark
 from prumerge_fast.dispatch import prune_merge, resolve_backend
 from prumerge_fast.errors import BackendUnavailableError
 from prumerge_fast.triton_backend import triton_obstacle
@@ -86,23 +85,9 @@ def test_gradients_are_the_torch_backends(emulator: ptxemu.Emulator, name: str) 
         assert relative_error(found, expected) < TOLERANCE[torch.float32]
 
 
-@torch.no_grad()
 def test_patched_generate_runs_the_kernel(emulator: ptxemu.Emulator) -> None:
-    model, processor = load_demo()
-    scenes = benchmark("validation", 2)
-    inputs = processor(
-        images=[scene.render() for scene, _ in scenes],
-        text=[PROMPT.format(question=question.text) for _, question in scenes],
-        padding=True,
-        return_tensors="pt",
-    )
-    outputs = {}
-    for backend in ("torch", "triton"):
-        with prumerge_fast.patched(model, backend=backend):
-            ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-            outputs[backend] = ids.tolist(), model.prumerge.last_lengths
+    assert_generates_like_torch()
     assert emulator.last is not None
-    assert outputs["triton"] == outputs["torch"]
 
 
 @pytest.mark.parametrize(("capability", "name"), [((8, 0), "triton"), ((7, 5), "torch")])
@@ -174,27 +159,3 @@ def test_forced_with_a_dtype_it_does_not_take(emulator: ptxemu.Emulator) -> None
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "Triton is not installed" in str(triton_obstacle(torch.device("cpu")))
-
-
-_INTERPRETED = """
-import torch
-from kernel_cases import CONFIGS, assert_like_torch, random_inputs
-
-for dtype in (torch.float32, torch.float16):
-    for config in CONFIGS.values():
-        assert_like_torch(random_inputs(2, 23, 40, dtype), config, dtype)
-print("agreed")
-"""
-
-
-def test_interpreter_agrees() -> None:
-    """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
-    folder = str(Path(__file__).parent)
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {folder!r})\n{_INTERPRETED}"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout == "agreed\n", done.stderr
