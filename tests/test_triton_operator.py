@@ -6,7 +6,9 @@ programs are `test_kernel_emulator.py`'s matter.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import ptxemu
@@ -24,9 +26,11 @@ from prumerge_fast.kernels import prune_merge as kernel
 from prumerge_fast.kernels.launch_config import LaunchConfig
 from triton.runtime.errors import OutOfResources
 
+from prumerge_fast.cli import main
 from prumerge_fast.config import PruMergeConfig
 from prumerge_fast.dispatch import prune_merge, resolve_backend
 from prumerge_fast.errors import BackendUnavailableError
+from prumerge_fast.gradients import prune_merge_gradients
 from prumerge_fast.triton_backend import triton_obstacle
 
 
@@ -104,6 +108,56 @@ def test_dispatch_is_traced_as_a_constant(
 
     compiled = torch.compile(chosen, fullgraph=True, backend="eager", dynamic=True)
     assert compiled(torch.zeros(20)).tolist() == [1 if name == "triton" else 2] * 20
+
+
+@pytest.mark.parametrize(
+    ("capability", "reason"), [((7, 5), "no tensor-core code for sm_75"), ((9, 0), "supports")]
+)
+def test_doctor_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    capability: tuple[int, int],
+    reason: str,
+) -> None:
+    major, minor = capability
+    gpu = SimpleNamespace(name="a GPU", major=major, minor=minor, total_memory=2**34)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: gpu)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: gpu.name)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["backends"]["cuda:0"]
+    assert found["name"] == ("torch" if major < 8 else "triton")
+    assert reason in found["reason"]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gradient_formula_in_float64(name: str) -> None:
+    """The backward pass itself, against autograd of the reference, which gradcheck confirms."""
+    config = CONFIGS[name].replace(neighbours=3)
+    query, keys, hidden = (tensor.double() for tensor in random_inputs(1, 9, 4, torch.float32))
+    inputs = [tensor.requires_grad_() for tensor in (query, keys, hidden)]
+
+    def reduce(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        merged = prune_merge(*tensors, config, backend="reference")
+        return merged.tokens, merged.attention
+
+    assert torch.autograd.gradcheck(reduce, inputs)
+    merged = prune_merge(*inputs, config, backend="reference")
+    outputs = (merged.tokens, merged.attention)
+    upstream = [torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x) for x in outputs]
+    expected = torch.autograd.grad(outputs, inputs, upstream)
+    found = prune_merge_gradients(
+        *upstream,
+        *(tensor.detach() for tensor in inputs),
+        merged.lengths,
+        merged.kept,
+        neighbours=config.neighbours,
+        merge=config.merge,
+        supplement=config.supplement,
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 def test_autotune_keeps_the_fastest(
