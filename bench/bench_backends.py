@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -41,8 +41,12 @@ class Case(NamedTuple):
     variant: str
     backend: str
 
+    def fields(self) -> dict[str, Any]:
+        """As a row of a result file begins."""
+        return {**self._asdict(), "dtype": str(self.dtype).removeprefix("torch.")}
+
     def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
+        dtype = self.fields()["dtype"]
         return "-".join(map(str, (self.batch, *self.shape, dtype, self.variant, self.backend)))
 
     def obstacle(self, device: torch.device) -> str | None:

@@ -30,8 +30,8 @@ from bench_prune_merge import features
 from prumerge_fast.cli import report
 
 RESULTS = Path(__file__).parent / "results"
-ROUNDS = 200
-CPU_ROUNDS = 5
+ROUNDS = range(5, 201)  # as many as take about ROUNDS_SECONDS
+ROUNDS_SECONDS = 2.0
 COPY_BYTES = 1 << 28
 
 
@@ -44,19 +44,15 @@ def quantiles(seconds: list[float]) -> dict[str, float]:
 
 def seconds_of(calls: list[Callable[[], Any]], device: torch.device, graphs: bool) -> list[float]:
     """Seconds of each of many rounds of the calls, in turn."""
-    for call in calls * 2:
+    for call in calls:
         call()
+    once = _seconds_on_host(calls[0], device)
+    rounds = min(max(int(ROUNDS_SECONDS / once), ROUNDS[0]), ROUNDS[-1])
     if device.type == "cpu":
-        times = []
-        for round_ in range(CPU_ROUNDS):
-            start = time.perf_counter()
-            calls[round_ % len(calls)]()
-            times.append(time.perf_counter() - start)
-        return times
-    torch.cuda.synchronize(device)
+        return [_seconds_on_host(calls[i % len(calls)], device) for i in range(rounds)]
     runs = [_graph(call).replay for call in calls] if graphs else calls
     events = []
-    for round_ in range(ROUNDS):
+    for round_ in range(rounds):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         runs[round_ % len(runs)]()
@@ -64,6 +60,16 @@ def seconds_of(calls: list[Callable[[], Any]], device: torch.device, graphs: boo
         events.append((start, end))
     torch.cuda.synchronize(device)
     return [start.elapsed_time(end) / 1e3 for start, end in events]
+
+
+def _seconds_on_host(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call, with the wait for the device."""
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    call()
+    synchronize()
+    return time.perf_counter() - start
 
 
 def _graph(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
@@ -76,7 +82,7 @@ def _graph(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
 @torch.inference_mode()
 def time_case(case: Case, device: torch.device) -> dict[str, Any]:
     """One row of the results."""
-    fields = {**case._asdict(), "dtype": str(case.dtype).removeprefix("torch.")}
+    fields = case.fields()
     obstacle = case.obstacle(device)
     if obstacle is not None:
         return {**fields, "skipped": obstacle}
@@ -89,7 +95,8 @@ def time_case(case: Case, device: torch.device) -> dict[str, Any]:
     copied = [[tensor.clone() for tensor in inputs] for _ in range(copies)]
     calls = [functools.partial(reduce, *given) for given in copied]
     moved = size + calls[0]().tokens.nbytes
-    found = quantiles(seconds_of(calls, device, graphs=case.backend != "reference"))
+    seconds = seconds_of(calls, device, graphs=case.backend != "reference")
+    found = {**quantiles(seconds), "rounds": len(seconds)}
     return {**fields, **found, "copies": copies, "gb_per_s": moved / found["p50_ms"] / 1e6}
 
 
@@ -120,12 +127,16 @@ def main(arguments: list[str]) -> Path:
     result["command"] = ["python", "bench/gpu.py", *arguments]
     result["copy"] = time_copy(device)
     result["cases"] = []
-    for case in cases:
-        result["cases"].append(time_case(case, device))
-        print(case, result["cases"][-1].get("p50_ms", "skipped"), flush=True)
     name = re.sub(r"\W+", "-", result["machine"]["device"]).lower()
     path = options.output / f"{name}-{datetime.date.today()}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    for case in cases:
+        try:
+            row = time_case(case, device)
+        except torch.OutOfMemoryError as error:
+            row = {**case.fields(), "skipped": str(error)}
+        result["cases"].append(row)
+        print(case, row.get("p50_ms", "skipped"), flush=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")  # what is done stays, if it stops
     return path
 
 

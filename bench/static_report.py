@@ -11,6 +11,7 @@ image with 52 centres. The bounds are those of the instruction roofline model (D
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -106,11 +107,23 @@ def _row(dtype: torch.dtype, case: str, stats: ptxemu.LaunchStats, once: int) ->
     }
 
 
+def kernel_digest() -> str:
+    """Of the source of the kernel and its launch configurations, lines of comment left out."""
+    lines = [
+        line
+        for path in sorted((ROOT / "kernels").glob("*.py"))
+        for line in path.read_text().splitlines()
+        if not line.lstrip().startswith("#")
+    ]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
 def main() -> None:
     """Writes the report."""
     result = {
         **report.provenance([], torch.device("cpu")),
         "command": ["python", "bench/static_report.py"],
+        "kernel_digest": kernel_digest(),
         "image": IMAGE,
         "emulated_target": "sm_80",
         "counts": counts(),

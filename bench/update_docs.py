@@ -18,6 +18,7 @@ from typing import Any
 
 import accuracy_tables
 import cost_tables
+import kernel_tables
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -132,6 +133,8 @@ TABLES = {
     "speed": speed,
     "cost": _from_run("cost.json", cost_tables.shapes),
     "published": _from_run("cost.json", cost_tables.published),
+    "kernel_counts": _from_run("static-report.json", kernel_tables.counts),
+    "kernel_resources": _from_run("static-report.json", kernel_tables.resources),
     "curve": _from_run("demo-accuracy.json", accuracy_tables.curve),
     "kinds": _from_run("demo-accuracy.json", accuracy_tables.kinds),
     "paired": _from_run("demo-accuracy.json", accuracy_tables.paired),

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .neighbours import neighbour_mask
-from .tiles import tile_rows
+from .tiles import channel_offsets, tile_rows
 
 
 @triton.jit
@@ -86,7 +86,7 @@ def weighted_rows(
     for tile in range(num_tiles):
         weight = tl.load(weights + tile * BLOCK_M * BLOCK_N + places)  # [BM, BN]
         rows = tile_rows(patches, tile, tl.arange(0, BLOCK_N), STRIDE_N, N, BLOCK_N)  # [BN]
-        patch_ptrs = rows[:, None] + channels[None, :] * STRIDE_C  # [BN, BO]
+        patch_ptrs = rows[:, None] + channel_offsets(channels, STRIDE_C)[None, :]  # [BN, BO]
         if C % BLOCK_OUT:
             values = tl.load(patch_ptrs, mask=(channels < C)[None, :], other=0.0)  # [BN, BO]
         else:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .ordering import from_ordered_bits, next_probe, ordered_bits
-from .tiles import tile_rows
+from .tiles import channel_offsets, tile_rows
 
 # Cosines lie in [-1, 1] up to rounding. One that is NaN ranks below them all; a token is no
 # neighbour of itself.
@@ -29,14 +29,15 @@ def store_similarities(
     steps.)
     """
     channels = tl.arange(0, BLOCK_C)  # [BC]
+    offsets = channel_offsets(channels, STRIDE_C)  # [BC]
     own_rows = patch_keys + centres.to(tl.int64) * STRIDE_N  # [BM]
     own_norms = tl.load(inverse_norms + centres)  # [BM]
     best = tl.full((BLOCK_M, BLOCK_N), -_LIMIT, tl.float32)
     for tile in range(num_tiles):
         tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
-        own_ptrs = own_rows[:, None] + channels[None, :] * STRIDE_C  # [BM, BC]
+        own_ptrs = own_rows[:, None] + offsets[None, :]  # [BM, BC]
         key_ptrs = tile_rows(patch_keys, tile, tl.arange(0, BLOCK_N), STRIDE_N, N, BLOCK_N)[None, :]
-        key_ptrs += channels[:, None] * STRIDE_C  # [BC, BN]
+        key_ptrs += offsets[:, None]  # [BC, BN]
         dots = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(0, C, BLOCK_C):
             if C % BLOCK_C:

@@ -33,6 +33,7 @@ from .selection import (
     on_grid,
     store_centres,
 )
+from .tiles import channel_offsets
 
 # Numbers that change from call to call are not worth a compilation each.
 _NOT_SPECIALIZED = [
@@ -84,6 +85,7 @@ def prune_merge_kernel(
 
     image = tl.program_id(0).to(tl.int64)
     image_query = query + image * stride_qb
+    stride_qc = tl.cast(stride_qc, tl.int64)
     image_keys = keys + image * stride_kb
     patch_keys = image_keys + STRIDE_KN
     patches = hidden + image * stride_yb + STRIDE_YN
@@ -187,7 +189,7 @@ def prune_merge_kernel(
                     STRIDE_YN, STRIDE_YC, N, C, BLOCK_M, BLOCK_N, BLOCK_OUT, PRECISION,
                 )  # fmt: skip
                 inside = (channels < C)[None, :]
-                own_ptrs = own_rows[:, None] + channels[None, :] * STRIDE_YC
+                own_ptrs = own_rows[:, None] + channel_offsets(channels, STRIDE_YC)[None, :]
                 kept_rows = tl.load(own_ptrs, mask=inside & is_centre[:, None], other=0.0)
                 kept_rows = kept_rows.to(tl.float32) * own_weight[:, None]  # [BM, BO]
                 sums *= row_unscale[:, None]

@@ -3,15 +3,18 @@
 import triton
 import triton.language as tl
 
-from .tiles import tile_rows
+from .tiles import channel_offsets, tile_rows
 
 
 @triton.jit
-def class_token_score(query, stride_qc, keys, stride_kc, C: tl.constexpr, C_PAD: tl.constexpr):
+def class_token_score(
+    query, stride_qc, keys, STRIDE_C: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr
+):  # fmt: skip
     """The class token's score with itself, unscaled."""
     channels = tl.arange(0, C_PAD)
     q = tl.load(query + channels * stride_qc, mask=channels < C, other=0.0).to(tl.float32)
-    k = tl.load(keys + channels * stride_kc, mask=channels < C, other=0.0).to(tl.float32)
+    key_ptrs = keys + channel_offsets(channels, STRIDE_C)
+    k = tl.load(key_ptrs, mask=channels < C, other=0.0).to(tl.float32)
     return tl.sum(q * k, 0)
 
 
@@ -49,7 +52,7 @@ def _tile_by_sums(
     """q·k_j and k_j·k_j of one tile of tokens, in float32 multiply-adds: -> [BN], [BN]."""
     channels = tl.arange(0, BLOCK_C)  # [BC]
     key_ptrs = tile_rows(patch_keys, tile, tl.arange(0, BLOCK_N), STRIDE_N, N, BLOCK_N)[:, None]
-    key_ptrs += channels[None, :] * STRIDE_C  # [BN, BC]
+    key_ptrs += channel_offsets(channels, STRIDE_C)[None, :]  # [BN, BC]
     query_ptrs = query + channels * stride_qc
     dots = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     squares = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
@@ -85,7 +88,7 @@ def _tile_by_products(
     in_group = tl.arange(0, GROUP)  # [16]
     in_tile = tl.arange(0, BLOCK_N // GROUP)[:, None] * GROUP + in_group[None, :]  # [BN / 16, 16]
     key_ptrs = tile_rows(patch_keys, tile, in_tile, STRIDE_N, N, BLOCK_N)[:, :, None]
-    key_ptrs += channels[None, None, :] * STRIDE_C  # [BN / 16, 16, BC]
+    key_ptrs += channel_offsets(channels, STRIDE_C)[None, None, :]  # [BN / 16, 16, BC]
     query_ptrs = query + (channels[:, None] + tl.arange(0, COPIES)[None, :] * 0) * stride_qc
     dots = tl.zeros((BLOCK_N, COPIES), tl.float32)
     grams = tl.zeros((BLOCK_N // GROUP, GROUP, GROUP), tl.float32)

@@ -1,4 +1,4 @@
-"""Tiles of tokens: where their rows are in memory."""
+"""Where tokens and channels are in memory."""
 
 import triton
 import triton.language as tl
@@ -21,3 +21,11 @@ def tile_rows(
     return (
         patches + tl.cast(tile, tl.int64) * (BLOCK_N * STRIDE_N) + in_tile.to(tl.int64) * STRIDE_N
     )
+
+
+@triton.jit
+def channel_offsets(channels, STRIDE_C: tl.constexpr):
+    """Offsets of channels (any shape) within a row, in 32 bits where those hold them."""
+    if STRIDE_C >= 65536:
+        channels = channels.to(tl.int64)
+    return channels * STRIDE_C

@@ -38,6 +38,14 @@ def test_no_such_case(gpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> No
     assert "no case's name matches 'nothing'" in capsys.readouterr().err
 
 
+def test_static_report_is_of_this_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where this fails: `python bench/static_report.py && python bench/update_docs.py`."""
+    monkeypatch.syspath_prepend(BENCH)
+    static_report = importlib.import_module("static_report")
+    result = json.loads((BENCH / "results" / "static-report.json").read_text())
+    assert result["kernel_digest"] == static_report.kernel_digest()
+
+
 def test_matrix_is_collected_and_runs() -> None:
     command = ["pytest", BENCH / "bench_backends.py", "--benchmark-disable", "-q"]
     done = subprocess.run(

@@ -36,6 +36,7 @@ NOTICED = (AssertionError, ptxemu.RaceDetected, ptxemu.MemoryAccessError, ptxemu
 
 DEFAULT, EVERYTHING = CONFIGS["default"], CONFIGS["everything"]
 HALF = PruMergeConfig(keep=7, neighbours=10)
+MOST = PruMergeConfig(keep=7, neighbours=17)  # of 19: the last token is among them
 TIES = PruMergeConfig(keep=11, neighbours=5)
 
 
@@ -46,7 +47,7 @@ class Mutant(NamedTuple):
     old: str
     new: str
     config: PruMergeConfig = DEFAULT
-    kind: Literal["random", "tied", "nan"] = "random"
+    kind: Literal["random", "tied", "nan", "infinite key"] = "random"
 
 
 QUICK = {
@@ -70,7 +71,7 @@ SLOW = {
         TIES, "tied",
     ),
     "more than k neighbours": Mutant("neighbours", "(reached >= count)", "(reached > count)"),
-    "padding as neighbours": Mutant("neighbours", " & (tokens < N)[None, :]", "", HALF),
+    "padding as neighbours": Mutant("neighbours", " & (tokens < N)[None, :]", "", MOST),
     "tokens past the end": Mutant(
         "tiles", "tl.minimum(tile * BLOCK_N + in_tile, N - 1)", "tile * BLOCK_N + in_tile"
     ),
@@ -81,6 +82,10 @@ SLOW = {
     "NaN in rows past the length": Mutant(
         "prune_merge", "merged = tl.where((rows < length)[:, None], merged, 0.0)", "pass",
         DEFAULT, "nan",
+    ),
+    "NaN among similarities": Mutant(
+        "neighbours", "tl.where(cosines == cosines, tl.minimum(cosines, _LIMIT), _NAN_RANK)",
+        "tl.minimum(cosines, _LIMIT)", HALF, "infinite key",
     ),
     "supplement left out": Mutant("prune_merge", "count + 1 if SUPPLEMENT", "count if SUPPLEMENT"),
 }  # fmt: skip
@@ -95,6 +100,10 @@ def check(config: PruMergeConfig, kind: str) -> None:
             if kind == "nan":
                 inputs[2][0, 5] = torch.nan
                 assert_like_torch_but_not_finite(inputs, config)
+            elif kind == "infinite key":
+                for value in (torch.inf, -torch.inf):
+                    inputs[1][0, 7, 3] = value
+                    assert_like_torch_but_not_finite(inputs, config)
             else:
                 assert_like_torch(inputs, config, torch.float16)
     finally:
@@ -137,5 +146,10 @@ def test_copy_without_a_mutation_passes(kernels: Path, monkeypatch: pytest.Monke
     module = importlib.import_module("mutant.prune_merge")
     assert Path(module.__file__).parent == kernels
     monkeypatch.setattr(original, "prune_merge", module.prune_merge)
-    for config, kind in ((DEFAULT, "random"), (TIES, "tied"), (DEFAULT, "nan")):
+    for config, kind in (
+        (DEFAULT, "random"),
+        (TIES, "tied"),
+        (DEFAULT, "nan"),
+        (HALF, "infinite key"),
+    ):
         check(config, kind)

@@ -38,7 +38,7 @@ def test_steps_of_odd_widths(channels: int) -> None:
     assert step & (step - 1) == 0
 
 
-@pytest.mark.parametrize("target", ["sm_75", "sm_70", "gfx1100", "xpu"])
+@pytest.mark.parametrize("target", ["sm_75", "sm_70", "gfx1100", "gfx90a", "gfx9420", "xpu"])
 def test_targets_without_a_configuration(target: str) -> None:
     assert target_obstacle(target) is not None
     with pytest.raises(ValueError, match=target):

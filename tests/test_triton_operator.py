@@ -6,28 +6,31 @@ programs are `test_kernel_emulator.py`'s matter.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ptxemu
 import pytest
 import torch
-from kernel_cases import CONFIGS, TOLERANCE, random_inputs, relative_error
+from kernel_cases import (
+    CONFIGS,
+    TOLERANCE,
+    assert_generates_like_torch,
+    random_inputs,
+    relative_error,
+)
 from prumerge_fast.kernels import autotune
 from prumerge_fast.kernels import prune_merge as kernel
 from prumerge_fast.kernels.launch_config import LaunchConfig
 from triton.runtime.errors import OutOfResources
 
-import prumerge_fast
+from prumerge_fast.cli import main
 from prumerge_fast.config import PruMergeConfig
-from prumerge_fast.demo import PROMPT, load_demo
-from prumerge_fast.demo.scenes import benchmark
 from prumerge_fast.dispatch import prune_merge, resolve_backend
 from prumerge_fast.errors import BackendUnavailableError
+from prumerge_fast.gradients import prune_merge_gradients
 from prumerge_fast.triton_backend import triton_obstacle
 
 
@@ -86,23 +89,9 @@ def test_gradients_are_the_torch_backends(emulator: ptxemu.Emulator, name: str) 
         assert relative_error(found, expected) < TOLERANCE[torch.float32]
 
 
-@torch.no_grad()
 def test_patched_generate_runs_the_kernel(emulator: ptxemu.Emulator) -> None:
-    model, processor = load_demo()
-    scenes = benchmark("validation", 2)
-    inputs = processor(
-        images=[scene.render() for scene, _ in scenes],
-        text=[PROMPT.format(question=question.text) for _, question in scenes],
-        padding=True,
-        return_tensors="pt",
-    )
-    outputs = {}
-    for backend in ("torch", "triton"):
-        with prumerge_fast.patched(model, backend=backend):
-            ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-            outputs[backend] = ids.tolist(), model.prumerge.last_lengths
+    assert_generates_like_torch()
     assert emulator.last is not None
-    assert outputs["triton"] == outputs["torch"]
 
 
 @pytest.mark.parametrize(("capability", "name"), [((8, 0), "triton"), ((7, 5), "torch")])
@@ -119,6 +108,56 @@ def test_dispatch_is_traced_as_a_constant(
 
     compiled = torch.compile(chosen, fullgraph=True, backend="eager", dynamic=True)
     assert compiled(torch.zeros(20)).tolist() == [1 if name == "triton" else 2] * 20
+
+
+@pytest.mark.parametrize(
+    ("capability", "reason"), [((7, 5), "no tensor-core code for sm_75"), ((9, 0), "supports")]
+)
+def test_doctor_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    capability: tuple[int, int],
+    reason: str,
+) -> None:
+    major, minor = capability
+    gpu = SimpleNamespace(name="a GPU", major=major, minor=minor, total_memory=2**34)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: gpu)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: gpu.name)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["backends"]["cuda:0"]
+    assert found["name"] == ("torch" if major < 8 else "triton")
+    assert reason in found["reason"]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gradient_formula_in_float64(name: str) -> None:
+    """The backward pass itself, against autograd of the reference, which gradcheck confirms."""
+    config = CONFIGS[name].replace(neighbours=3)
+    query, keys, hidden = (tensor.double() for tensor in random_inputs(1, 9, 4, torch.float32))
+    inputs = [tensor.requires_grad_() for tensor in (query, keys, hidden)]
+
+    def reduce(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        merged = prune_merge(*tensors, config, backend="reference")
+        return merged.tokens, merged.attention
+
+    assert torch.autograd.gradcheck(reduce, inputs)
+    merged = prune_merge(*inputs, config, backend="reference")
+    outputs = (merged.tokens, merged.attention)
+    upstream = [torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x) for x in outputs]
+    expected = torch.autograd.grad(outputs, inputs, upstream)
+    found = prune_merge_gradients(
+        *upstream,
+        *(tensor.detach() for tensor in inputs),
+        merged.lengths,
+        merged.kept,
+        neighbours=config.neighbours,
+        merge=config.merge,
+        supplement=config.supplement,
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 def test_autotune_keeps_the_fastest(
@@ -174,27 +213,3 @@ def test_forced_with_a_dtype_it_does_not_take(emulator: ptxemu.Emulator) -> None
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "Triton is not installed" in str(triton_obstacle(torch.device("cpu")))
-
-
-_INTERPRETED = """
-import torch
-from kernel_cases import CONFIGS, assert_like_torch, random_inputs
-
-for dtype in (torch.float32, torch.float16):
-    for config in CONFIGS.values():
-        assert_like_torch(random_inputs(2, 23, 40, dtype), config, dtype)
-print("agreed")
-"""
-
-
-def test_interpreter_agrees() -> None:
-    """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
-    folder = str(Path(__file__).parent)
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {folder!r})\n{_INTERPRETED}"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout == "agreed\n", done.stderr
