@@ -30,11 +30,11 @@ def trained(run: dict[str, Any]) -> str:
     """The run in a sentence."""
     rows = run["results"]
     before, after = rows["LLaVA-PruMerge"], rows["LLaVA-PruMerge fine-tuned"]
+    few, all_tokens = (row["visual_tokens"]["mean"] for row in (after, rows["LLaVA"]))
     return (
         "One epoch of LoRA under `patch` takes the demo model from "
-        f"**{before['accuracy']:.1%}** to **{after['accuracy']:.1%}** at the same {after['visual_tokens']['mean']:.0f} visual "
-        f"tokens (with all {rows['LLaVA']['visual_tokens']['mean']:.0f}: "
-        f"{rows['LLaVA']['accuracy']:.1%}, trained alike "
+        f"**{before['accuracy']:.1%}** to **{after['accuracy']:.1%}** at the same {few:.0f} visual "
+        f"tokens (with all {all_tokens:.0f}: {rows['LLaVA']['accuracy']:.1%}, trained alike "
         f"{rows['LLaVA fine-tuned']['accuracy']:.1%}); a small model on synthetic scenes."
     )
 
