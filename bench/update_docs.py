@@ -18,6 +18,7 @@ from typing import Any
 
 import accuracy_tables
 import cost_tables
+import demo_tables
 import kernel_tables
 
 ROOT = Path(__file__).parents[1]
@@ -104,6 +105,14 @@ def speed() -> str:
     return "\n".join(lines)
 
 
+def quantised() -> str:
+    """What `compare --json` says of the demo model in each precision of its language model."""
+    name = "demo-quantised.json"
+    runs = _read(name)
+    last = {**list(runs.values())[-1], "command": ["python bench/quantisation.py"]}
+    return f"{demo_tables.quantised(runs)} {_provenance(last, name)}"
+
+
 def _from_run(name: str, table: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
     """A table with the provenance of the result file that it is of."""
 
@@ -137,6 +146,9 @@ TABLES = {
     "kernel_resources": _from_run("static-report.json", kernel_tables.resources),
     "curve": _from_run("demo-accuracy.json", accuracy_tables.curve),
     "kinds": _from_run("demo-accuracy.json", accuracy_tables.kinds),
+    "finetuning": _from_run("demo-finetune.json", demo_tables.finetuning),
+    "trained": _from_run("demo-finetune.json", demo_tables.trained),
+    "quantised": quantised,
     "paired": _from_run("demo-accuracy.json", accuracy_tables.paired),
 }
 

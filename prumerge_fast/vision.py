@@ -7,6 +7,7 @@ its attention, values, output projection and MLP, changes nothing in the feature
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor
@@ -79,8 +80,7 @@ def query_keys_hidden(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Features of the images, and the query and keys that PruMerge scores them with.
 
-    Modules are called, never their weights, so that LoRA, quantised layers and offloading of single
-    modules work.
+    Modules are called, never their weights, so that LoRA, quantised and offloaded layers work.
 
     Args:
         tower: A CLIP vision tower (`check_tower`) of width C.
@@ -92,16 +92,23 @@ def query_keys_hidden(
         `hidden_states[feature_layer]` of the tower; all in the dtype of hidden.
 
     Raises:
-        UnsupportedModelError: No layer reads `feature_layer`, or its weights are offloaded with it.
+        UnsupportedModelError: No layer reads `feature_layer`, or the tower's weights are offloaded
+            together with a module around it.
         ValueError: The images have the wrong size.
     """
+    with _weights(tower, reading_layer(tower, feature_layer)):
+        return _query_keys_hidden(tower, pixel_values, feature_layer)
+
+
+def _query_keys_hidden(
+    tower: Any, pixel_values: Tensor, feature_layer: int
+) -> tuple[Tensor, Tensor, Tensor]:
     transformer = clip_transformer(tower)
     index = reading_layer(tower, feature_layer)
     hidden = transformer.pre_layrnorm(transformer.embeddings(pixel_values))  # [B, 1+N, C]
     for layer in transformer.encoder.layers[:index]:
         hidden = run_encoder_layer(layer, hidden)  # [B, 1+N, C]
     reader = transformer.encoder.layers[index]
-    _check_weights(reader.self_attn.k_proj, index)
     normed = reader.layer_norm1(hidden)  # [B, 1+N, C]
     keys = reader.self_attn.k_proj(normed)  # [B, 1+N, C]
     query = reader.self_attn.q_proj(normed[:, 0])  # [B, C]
@@ -109,14 +116,32 @@ def query_keys_hidden(
     return query.to(hidden), keys.to(hidden), hidden
 
 
-def _check_weights(projection: Any, index: int) -> None:
-    """Raise if a hook on the layer around a projection would have to bring its weights."""
-    is_away = any(parameter.is_meta for parameter in projection.parameters())
-    if is_away and not hasattr(projection, "_hf_hook"):
+def _weights(tower: Any, index: int) -> ExitStack:
+    """Brings the weights that accelerate loads for a module as a whole, where parts of it are run.
+
+    Layer `index` and what is around it are not called themselves, and so their hooks are not.
+    """
+    transformer = clip_transformer(tower)
+    reader = transformer.encoder.layers[index]
+    stack = ExitStack()
+    for module in dict.fromkeys(
+        (tower, transformer, transformer.encoder, reader, reader.self_attn)
+    ):
+        if hasattr(module, "_hf_hook") and _is_away(module):
+            module._hf_hook.pre_forward(module)
+            stack.callback(module._hf_hook.post_forward, module, None)
+    projection = reader.self_attn.k_proj
+    if _is_away(projection) and not hasattr(projection, "_hf_hook"):
+        stack.close()
         raise UnsupportedModelError(
-            f"vision tower: layer {index}, of which only queries and keys are run, is offloaded as "
-            "a whole; keep it on its device, or offload its modules one by one"
+            "vision tower: expected weights that are there, or that accelerate brings to the tower "
+            "or its parts; they are offloaded together with a module around it"
         )
+    return stack
+
+
+def _is_away(module: Any) -> bool:
+    return any(parameter.is_meta for parameter in module.parameters())
 
 
 def encode(model: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:

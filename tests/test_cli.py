@@ -145,7 +145,7 @@ def test_compare_answers_are_those_of_the_model(command, folder, photos, capsys)
 
 
 def test_prompts_get_the_models_own_format_and_one_first_token(folder, photos):
-    loaded = models.load(str(folder), dtype="auto", device="cpu", load_in_4bit=False)
+    loaded = models.load(str(folder), dtype="auto", device="cpu")
     decode = loaded.processor.tokenizer.batch_decode
     photo = photos / "coffee.jpg"
     items = items_from_images([photo], ["what ?", "this <image> is"])
@@ -357,12 +357,20 @@ def test_pixels_that_are_not_finite(command, folder, tmp_path, capsys):
     assert "astronaut.png" in message
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is not None,
-    reason="bitsandbytes is installed",
-)
-def test_four_bits_need_bitsandbytes(command, capsys):
-    assert "pip install 'prumerge_fast[int4]'" in refusal(capsys, *command, "--load-in-4bit")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantisation_needs_bitsandbytes(command, capsys, monkeypatch, bits):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name)
+    )
+    message = refusal(capsys, *command, f"--load-in-{bits}bit")
+    assert f"--load-in-{bits}bit: expected bitsandbytes" in message
+    assert "pip install 'prumerge_fast[int4]'" in message
+
+
+def test_four_and_eight_bits_at_once(command, capsys):
+    message = refusal(capsys, *command, "--load-in-4bit", "--load-in-8bit")
+    assert "--load-in-8bit: expected it without --load-in-4bit" in message
 
 
 def test_show_draws_three_panels(folder, photos, tmp_path, capsys):

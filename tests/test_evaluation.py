@@ -23,7 +23,7 @@ BUDGET = 16
 
 @pytest.fixture(scope="module")
 def demo():
-    return load(None, dtype="float32", device="cpu", load_in_4bit=False)
+    return load(None, dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +194,24 @@ def test_scores_by_kind_and_pair(chosen, items):
     assert paired["PruMerge (16)", "attention top-k + merge (16)", "overall"]["value"] == 1.0
     assert paired["random (16)", "all tokens", "overall"]["value"] == -0.5
     json.dumps(result, allow_nan=False)
+
+
+def test_intervals_of_differences_are_paired(chosen, items):
+    """A policy that answers alike differs by nothing; one that fails, by the other's accuracy."""
+    right = [item.expected for item in items]
+    texts = {policy.name: ["" for _ in items] for policy in chosen}
+    texts[policies.ALL_TOKENS] = texts["evenly spaced (16)"] = right[:5] + [""] * 5
+    tokens = {name: [3] * len(items) for name in texts}
+    result = run.score(items, chosen, run.Answers(texts, tokens))
+    low, high = result["policies"][policies.ALL_TOKENS]["accuracy"]["overall"]["interval"]
+    assert low < 0.5 < high
+    differences = {
+        row["policy"]: (row["value"], row["interval"])
+        for row in result["paired"]
+        if row["against"] == policies.ALL_TOKENS and row["kind"] == "overall"
+    }
+    assert differences["evenly spaced (16)"] == (0, [0, 0])
+    assert differences["random (16)"] == (-0.5, pytest.approx([-high, -low]))
 
 
 # The command

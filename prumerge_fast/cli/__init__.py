@@ -154,6 +154,9 @@ def _compare(
     load_in_4bit: Annotated[
         bool, typer.Option("--load-in-4bit", help="Language model in NF4 (extra: int4).")
     ] = False,
+    load_in_8bit: Annotated[
+        bool, typer.Option("--load-in-8bit", help="Language model in LLM.int8() (extra: int4).")
+    ] = False,
     batch_size: Annotated[int, _count_option("Questions answered at once.")] = 1,
     max_new_tokens: Annotated[int, _count_option("Longest answer.")] = 32,
     repeat: Annotated[int, _count_option("Time every batch so often; medians are shown.")] = 1,
@@ -184,7 +187,7 @@ def _compare(
             backend=backend.value,
             dtype=dtype.value,
             device=device,
-            load_in_4bit=load_in_4bit,
+            bits=_bits(load_in_4bit, load_in_8bit),
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             repeat=repeat,
@@ -364,6 +367,14 @@ def _config(variant: Variant, keep: str | None, neighbours: int, merge: Merge) -
             "--keep: expected a whole number >= 1 (tokens) or a share in (0, 1] such as 0.25, "
             f"got {keep}"
         ) from None
+
+
+def _bits(load_in_4bit: bool, load_in_8bit: bool) -> int | None:
+    from prumerge_fast.cli.inputs import InputError
+
+    if load_in_4bit and load_in_8bit:
+        raise InputError("--load-in-8bit: expected it without --load-in-4bit, got both")
+    return 4 if load_in_4bit else 8 if load_in_8bit else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

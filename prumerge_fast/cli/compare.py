@@ -48,7 +48,7 @@ class CompareOptions:
     backend: str
     dtype: str
     device: str
-    load_in_4bit: bool
+    bits: int | None
     batch_size: int
     max_new_tokens: int
     repeat: int
@@ -83,7 +83,7 @@ def run(options: CompareOptions) -> None:
             options.model,
             dtype=options.dtype,
             device=options.device,
-            load_in_4bit=options.load_in_4bit,
+            bits=options.bits,
         )
         for config in options.configs:
             check_keep(config, loaded.patches)
@@ -107,7 +107,7 @@ def run(options: CompareOptions) -> None:
         console.print(report.answers_table({p.name: p.answers for p in policies}))
     console.print(
         f"{loaded.name}: {len(items)} questions, {_dtype_name(loaded)}"
-        f"{' and NF4' if options.load_in_4bit else ''} on {loaded.device}, "
+        f"{f', language model in {options.bits} bits' if options.bits else ''} on {loaded.device}, "
         f"batches of {options.batch_size}, backend {backend}"
     )
     console.print(report.comparison_table(results))
@@ -260,7 +260,7 @@ def _as_json(
         "model": loaded.name,
         "settings": {
             "dtype": _dtype_name(loaded),
-            "load_in_4bit": options.load_in_4bit,
+            "bits": options.bits,
             "backend": backend,
             "batch_size": options.batch_size,
             "max_new_tokens": options.max_new_tokens,

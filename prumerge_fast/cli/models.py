@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,14 +31,14 @@ class Loaded:
     patches: int
 
 
-def load(model: str | None, *, dtype: str, device: str, load_in_4bit: bool) -> Loaded:
+def load(model: str | None, *, dtype: str, device: str, bits: int | None = None) -> Loaded:
     """Loads a LLaVA from a folder or the hub; the demo model for `None`.
 
     Args:
         model: Folder or hub name.
         dtype: "auto" (float32 on a CPU, else float16), "float32", "bfloat16" or "float16".
         device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:INDEX".
-        load_in_4bit: Quantise the language model to NF4 with bitsandbytes.
+        bits: Quantise the language model with bitsandbytes to 4 (NF4) or 8; `None` leaves it.
 
     Raises:
         InputError: The model, the device or the quantisation is not available, or the model is of
@@ -47,18 +48,19 @@ def load(model: str | None, *, dtype: str, device: str, load_in_4bit: bool) -> L
     from huggingface_hub.utils import logging as hub_logging
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
     # Standard error is for our own messages and, on a terminal, for the progress of downloads.
-    logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     target = resolve_device(device)
     precision = _resolve_dtype(dtype, target)
     source, name = _source(model)
     if sys.stderr.isatty():
         print(f"loading {source}", file=sys.stderr)
     else:
-        logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(source)
         loadable = [name for name, family in FAMILIES.items() if family.in_transformers]
@@ -72,7 +74,7 @@ def load(model: str | None, *, dtype: str, device: str, load_in_4bit: bool) -> L
             source,
             dtype=precision,
             output_loading_info=True,
-            **_quantisation(load_in_4bit, precision, target),
+            **_quantisation(bits, precision, target),
         )
     except InputError:
         raise
@@ -90,7 +92,7 @@ def load(model: str | None, *, dtype: str, device: str, load_in_4bit: bool) -> L
         )
     adapter = adapter_for(llava)
     adapter.check(llava)
-    if not load_in_4bit:
+    if bits is None:
         llava.to(target)
     processor.tokenizer.padding_side = "left"
     if processor.tokenizer.pad_token is None:
@@ -155,16 +157,16 @@ def _source(model: str | None) -> tuple[str, str]:
     )
 
 
-def _quantisation(load_in_4bit: bool, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Arguments of `from_pretrained` for NF4."""
-    if not load_in_4bit:
+def _quantisation(bits: int | None, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for 4 or 8 bits."""
+    if bits is None:
         return {}
     if importlib.util.find_spec("bitsandbytes") is None:
         raise InputError(
-            "--load-in-4bit: expected bitsandbytes to be installed, got none; "
+            f"--load-in-{bits}bit: expected bitsandbytes to be installed, got none; "
             "run: pip install 'prumerge_fast[int4]'"
         )
-    return {"quantization_config": quantisation_config(4, dtype), "device_map": {"": device}}
+    return {"quantization_config": quantisation_config(bits, dtype), "device_map": {"": device}}
 
 
 def prepare(loaded: Loaded, items: Sequence[Item]) -> Any:

@@ -56,7 +56,7 @@ def run(options: ShowOptions) -> None:
     if output.exists() and output.resolve() == Path(options.image).resolve():
         raise InputError(f"--output: expected another file than the image, got {output}")
     image = image_by_name(options.image)
-    loaded = load(options.model, dtype=options.dtype, device=options.device, load_in_4bit=False)
+    loaded = load(options.model, dtype=options.dtype, device=options.device)
     check_keep(options.config, loaded.patches)
     backend = resolve_backend(options.backend, loaded.device).name
 

@@ -105,8 +105,14 @@ def add_lora(model: LlavaForConditionalGeneration, *, rank: int, tower: bool) ->
     return get_peft_model(model, lora)
 
 
-def finetune(model: PeftModel, tokenizer: Any, output: Path, config: FinetuneConfig) -> None:
-    """Trains for one epoch, or what is left of it, and saves the adapter as `output`/adapter."""
+def finetune(
+    model: PeftModel, tokenizer: Any, output: Path, config: FinetuneConfig
+) -> dict[str, float]:
+    """Trains for one epoch, or what is left of it, and saves the adapter as `output`/adapter.
+
+    Returns:
+        `steps` that this call took, and the `seconds` they took.
+    """
     data = Questions(tokenizer, config.questions)
     arguments = TrainingArguments(
         output_dir=str(output),
@@ -128,8 +134,11 @@ def finetune(model: PeftModel, tokenizer: Any, output: Path, config: FinetuneCon
         use_cpu=not torch.cuda.is_available(),
     )
     trainer = Trainer(model, arguments, data_collator=data.collate, train_dataset=data)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output)))
+    checkpoint = get_last_checkpoint(str(output))
+    before = 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])
+    done = trainer.train(resume_from_checkpoint=checkpoint)
     model.save_pretrained(str(output / "adapter"))
+    return {"steps": done.global_step - before, "seconds": done.metrics["train_runtime"]}
 
 
 def evaluate(loaded: Loaded, config: PruMergeConfig | None, count: int) -> dict[str, Any]:
@@ -163,14 +172,14 @@ def run(output: Path, config: FinetuneConfig, count: int) -> dict[str, dict[str,
         model = add_lora(loaded.model, rank=config.rank, tower=config.tower)
         if policy is not None:
             patch(model, policy)
-        finetune(model, loaded.processor.tokenizer, output / name.lower(), config)
+        training = finetune(model, loaded.processor.tokenizer, output / name.lower(), config)
         model.eval()
-        rows[f"{name} fine-tuned"] = evaluate(loaded, policy, count)
+        rows[f"{name} fine-tuned"] = {**evaluate(loaded, policy, count), "training": training}
     return rows
 
 
 def _demo() -> Loaded:
-    return load(None, dtype="auto", device="auto", load_in_4bit=False)
+    return load(None, dtype="auto", device="auto")
 
 
 def main() -> None:

@@ -75,7 +75,7 @@ def run(options: EvaluationOptions) -> None:
         InputError: Something given cannot be used. Answers written until then stay.
     """
     items = _items(options)
-    loaded = load(options.model, dtype=options.dtype, device=options.device, load_in_4bit=False)
+    loaded = load(options.model, dtype=options.dtype, device=options.device)
     if not any(cls.__name__ == FAMILY for cls in type(loaded.model).__mro__):
         raise InputError(
             f"--model: expected a {FAMILY}, whose images have N patches each, got "

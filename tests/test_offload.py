@@ -1,0 +1,135 @@
+"""Accelerate's hooks: models spread over devices, with weights on the CPU or the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from tiny_models import EVERYTHING, PIXELS, PROMPTS, batch, tiny_llava
+from transformers import LlavaForConditionalGeneration
+
+from prumerge_fast.errors import UnsupportedModelError
+from prumerge_fast.patching import patch, unpatch
+from prumerge_fast.versions import clip_transformer
+
+INPUTS: dict[str, Any] = {**batch(PROMPTS), "pixel_values": PIXELS}
+CPU = torch.device("cpu")
+MAP = {
+    "model.vision_tower": "disk",
+    "model.multi_modal_projector": "cpu",
+    "model.language_model.embed_tokens": "cpu",
+    "model.language_model.layers.0": "disk",
+    "model.language_model.layers.1": "cpu",
+    "model.language_model.norm": "cpu",
+    "model.language_model.rotary_emb": "cpu",
+    "lm_head": "cpu",
+}
+
+
+def on_the_cpu(model: Any, folder: Path) -> Any:
+    return accelerate.cpu_offload(model, CPU)
+
+
+def on_the_disk(model: Any, folder: Path) -> Any:
+    return accelerate.disk_offload(model, str(folder), CPU)
+
+
+def dispatched(model: Any, folder: Path) -> Any:
+    return accelerate.dispatch_model(model, MAP, main_device="cpu", offload_dir=str(folder))
+
+
+def loaded(model: Any, folder: Path) -> Any:
+    model.save_pretrained(folder / "model")
+    return LlavaForConditionalGeneration.from_pretrained(
+        folder / "model", device_map=MAP, offload_folder=folder, dtype=torch.float32
+    )
+
+
+def away(model: Any) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.is_meta}
+
+
+@torch.no_grad()
+def outputs(model: Any) -> list[torch.Tensor]:
+    answers = model.generate(**INPUTS, max_new_tokens=3)
+    return [
+        model(**INPUTS).logits,
+        answers,
+        model.generate(**INPUTS, max_new_tokens=2, num_beams=2),
+    ]
+
+
+@pytest.fixture(scope="module")
+def plain() -> list[torch.Tensor]:
+    return outputs(tiny_llava())
+
+
+@pytest.fixture(scope="module")
+def pruned() -> list[torch.Tensor]:
+    return outputs(patch(tiny_llava(), keep=5))
+
+
+@pytest.mark.parametrize("offload", [on_the_cpu, on_the_disk, dispatched, loaded])
+def test_offloaded_models_answer_alike(
+    offload: Callable[..., Any], plain: Any, pruned: Any, tmp_path: Path
+) -> None:
+    model = offload(tiny_llava(), tmp_path)
+    gone = away(model)
+    assert any("vision_tower" in name for name in gone)
+    torch.testing.assert_close(outputs(patch(model, keep=5)), pruned)
+    assert away(model) == gone
+    torch.testing.assert_close(outputs(unpatch(model)), plain)
+
+
+@pytest.mark.parametrize("offload", [on_the_cpu, on_the_disk, dispatched])
+def test_patched_models_are_offloaded(
+    offload: Callable[..., Any], plain: Any, pruned: Any, tmp_path: Path
+) -> None:
+    model = offload(patch(tiny_llava(), keep=5), tmp_path)
+    torch.testing.assert_close(outputs(model), pruned)
+    torch.testing.assert_close(outputs(unpatch(model)), plain)
+
+
+WHOLE = ["CLIPVisionModel", "CLIPEncoder", "CLIPEncoderLayer", "CLIPAttention", "LlamaDecoderLayer"]
+
+
+@pytest.mark.parametrize("whole", WHOLE)
+def test_layers_offloaded_as_a_whole(whole: str, pruned: Any) -> None:
+    """Of the layer that reads the features only a part is run, past the hook of the layer."""
+    model = accelerate.cpu_offload(tiny_llava(), CPU, preload_module_classes=[whole])
+    gone = away(model)
+    torch.testing.assert_close(outputs(patch(model, keep=5)), pruned)
+    assert away(model) == gone
+
+
+def test_weights_are_put_away_after_an_error() -> None:
+    model = accelerate.cpu_offload(tiny_llava(), CPU, preload_module_classes=["CLIPEncoderLayer"])
+    gone = away(patch(model))
+    reader = clip_transformer(model.model.vision_tower).encoder.layers[3]
+
+    def fail(module: Any, args: Any) -> None:
+        assert not away(reader)
+        raise KeyError
+
+    reader.self_attn.q_proj.register_forward_pre_hook(fail)
+    with pytest.raises(KeyError):
+        model(**INPUTS)
+    assert away(model) == gone
+
+
+def test_a_module_around_the_tower_is_refused() -> None:
+    model = accelerate.cpu_offload(tiny_llava(), CPU, preload_module_classes=["LlavaModel"])
+    with pytest.raises(UnsupportedModelError, match="offloaded together with a module around it"):
+        outputs(patch(model))
+
+
+@torch.no_grad()
+def test_everything_kept_equals_the_offloaded_model(tmp_path: Path) -> None:
+    model = dispatched(tiny_llava(), tmp_path)
+    expected = model(**INPUTS).logits
+    kept = INPUTS["attention_mask"].bool()
+    torch.testing.assert_close(patch(model, **EVERYTHING)(**INPUTS).logits[kept], expected[kept])
