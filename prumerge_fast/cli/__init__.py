@@ -138,6 +138,14 @@ def _compare(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace answer files that hold something.")
     ] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OUT.html",
+            help="Write a page as well: figures, plots, and the first questions with pictures of "
+            "what each policy keeps. Is replaced if it exists.",
+        ),
+    ] = None,
     count: Annotated[
         int, _count_option("How many questions about demo scenes, without --images.")
     ] = 200,
@@ -180,6 +188,7 @@ def _compare(
             image_folder=image_folder,
             answers=answers,
             overwrite=overwrite,
+            html=html,
             count=count,
             configs=[
                 _config(one, keep, neighbours, merge) for one in dict.fromkeys(variant or Variant)

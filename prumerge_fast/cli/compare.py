@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from prumerge_fast.cli import report
+from prumerge_fast.cli import page, report
 from prumerge_fast.cli.inputs import (
     InputError,
     Item,
@@ -28,7 +28,6 @@ from prumerge_fast.dispatch import resolve_backend
 
 MOST_ANSWERS_SHOWN = 12
 _NAMES = {"prumerge": "PruMerge", "prumerge+": "PruMerge+"}
-_SLUGS = {"LLaVA": "llava", "PruMerge": "prumerge", "PruMerge+": "prumerge-plus"}
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,7 @@ class CompareOptions:
     image_folder: Path | None
     answers: Path | None
     overwrite: bool
+    html: Path | None
     count: int
     configs: list[PruMergeConfig]
     backend: str
@@ -61,7 +61,7 @@ class _Policy:
     def __init__(self, config: PruMergeConfig | None) -> None:
         self.config = config
         self.name = "LLaVA" if config is None else _NAMES[config.variant]
-        self.slug = _SLUGS[self.name]
+        self.slug = report.SLUGS[self.name]
         self.answers: list[Answer] = []
         self.times: list[StageTimes] = []
         self.file: TextIO | None = None
@@ -79,6 +79,7 @@ def run(options: CompareOptions) -> None:
     with ExitStack() as stack:
         for policy in policies:
             policy.file = _open_answers(options, policy.slug, stack)
+        html = None if options.html is None else stack.enter_context(page.writable(options.html))
         loaded = load(
             options.model,
             dtype=options.dtype,
@@ -94,13 +95,19 @@ def run(options: CompareOptions) -> None:
             done = min(len(policy.answers) for policy in policies)
             report.messages().print(f"interrupted after {done} of {len(items)} questions")
             raise
-
-    results = {
-        policy.name: report.summarise(policy.answers, policy.times, policies[0].answers)
-        for policy in policies
-    }
+        results = {
+            policy.name: report.summarise(policy.answers, policy.times, policies[0].answers)
+            for policy in policies
+        }
+        result = _as_json(options, loaded, backend, policies, results)
+        if html is not None:
+            images = {item.image: item.load for item in items}
+            pictures = page.panels(
+                loaded, result, lambda name: images[name](), backend=options.backend
+            )
+            page.write(html, page.render(result, pictures))
     if options.as_json:
-        report.print_json(_as_json(options, loaded, backend, policies, results))
+        report.print_json(result)
         return
     console = report.console()
     if len(items) <= MOST_ANSWERS_SHOWN:
@@ -112,6 +119,8 @@ def run(options: CompareOptions) -> None:
     )
     console.print(report.comparison_table(results))
     console.print("Times: median per question; total is all of generate().")
+    if options.html is not None:
+        console.print(f"{options.html}: the same as a page, with pictures")
 
 
 def accuracy(

@@ -25,6 +25,7 @@ PACKAGES = (
     *("prumerge_fast", "torch", "transformers", "triton"),
     *("bitsandbytes", "accelerate", "peft"),
 )
+SLUGS = {"LLaVA": "llava", "PruMerge": "prumerge", "PruMerge+": "prumerge-plus"}
 STAGES = {
     "vision": "vision tower",
     "prune_merge": "prune+merge",
@@ -102,36 +103,52 @@ def _median_ms(times: Sequence[StageTimes], stage: str) -> float | None:
     return None if None in seconds else 1000 * statistics.median(seconds)
 
 
+@dataclass(frozen=True)
+class Row:
+    """One line of the comparison, with a cell for each policy."""
+
+    label: str
+    cells: list[str]
+    ends_section: bool = False
+
+
+def comparison_rows(results: dict[str, dict[str, Any]]) -> list[Row]:
+    """The comparison, line by line, from `summarise`'s rows by policy name."""
+    policies = list(results.values())
+    tokens = [policy["visual_tokens"] for policy in policies]
+    rows = [
+        Row("visual tokens, mean", [f"{count['mean']:.1f}" for count in tokens]),
+        Row("visual tokens, range", [f"{c['min']}–{c['max']}" for c in tokens], ends_section=True),
+    ]
+    for stage in stages_of(results):
+        times = [policy["milliseconds"][stage] for policy in policies]
+        cells = ["–" if time is None else f"{time:.2f}" for time in times]
+        rows.append(Row(f"{STAGES[stage]}, ms", cells, ends_section=stage == "total"))
+    cache = [f"{policy['kv_cache_bytes'] / 1024:,.1f}" for policy in policies]
+    rows.append(Row("KV cache, KiB", cache, ends_section=True))
+    if policies[0]["accuracy"] is not None:
+        rows.append(Row("accuracy", [f"{policy['accuracy']:.1%}" for policy in policies]))
+        for category in policies[0]["accuracy_by_category"]:
+            shares = [policy["accuracy_by_category"][category] for policy in policies]
+            rows.append(Row(f"  {category}", [f"{share:.1%}" for share in shares]))
+    agreement = [f"{policy['agreement']:.1%}" for policy in policies]
+    return [*rows, Row("same answer as LLaVA", agreement)]
+
+
+def stages_of(results: dict[str, dict[str, Any]]) -> list[str]:
+    """The stages that were timed: files of earlier versions may lack some of `STAGES`."""
+    timed = next(iter(results.values()))["milliseconds"]
+    return [stage for stage in STAGES if stage in timed]
+
+
 def comparison_table(results: dict[str, dict[str, Any]]) -> Table:
-    """A table with one column for each policy, from `summarise`'s rows by policy name."""
+    """`comparison_rows` as a table with one column for each policy."""
     table = Table()
     table.add_column("")
     for policy in results:
         table.add_column(policy, justify="right")
-
-    def add(label: str, cells: list[str], **style: Any) -> None:
-        table.add_row(label, *cells, **style)
-
-    rows = list(results.values())
-    add("visual tokens, mean", [f"{row['visual_tokens']['mean']:.1f}" for row in rows])
-    add(
-        "visual tokens, range",
-        [f"{row['visual_tokens']['min']}–{row['visual_tokens']['max']}" for row in rows],
-        end_section=True,
-    )
-    for stage, label in STAGES.items():
-        times = [row["milliseconds"][stage] for row in rows]
-        cells = ["–" if time is None else f"{time:.2f}" for time in times]
-        add(f"{label}, ms", cells, end_section=stage == "total")
-    add("KV cache, KiB", [f"{row['kv_cache_bytes'] / 1024:,.1f}" for row in rows], end_section=True)
-    if rows[0]["accuracy"] is not None:
-        add("accuracy", [f"{row['accuracy']:.1%}" for row in rows])
-        for category in rows[0]["accuracy_by_category"]:
-            add(
-                f"  {category}",
-                [f"{row['accuracy_by_category'][category]:.1%}" for row in rows],
-            )
-    add("same answer as LLaVA", [f"{row['agreement']:.1%}" for row in rows])
+    for row in comparison_rows(results):
+        table.add_row(row.label, *row.cells, end_section=row.ends_section)
     return table
 
 

@@ -6,18 +6,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from prumerge_fast.cli import report
 from prumerge_fast.cli.inputs import InputError, image_by_name
-from prumerge_fast.cli.models import Loaded, check_keep, check_pixels, load
+from prumerge_fast.cli.models import check_keep, load
+from prumerge_fast.cli.pictures import Grid, look
 from prumerge_fast.config import PruMergeConfig
-from prumerge_fast.dispatch import prune_merge, resolve_backend
+from prumerge_fast.dispatch import resolve_backend
 from prumerge_fast.reference import nearest
-from prumerge_fast.vision import encode
 
 PANEL = 480  # pixels of one panel's side, at least
 CAPTION = 44
@@ -60,17 +59,13 @@ def run(options: ShowOptions) -> None:
     check_keep(options.config, loaded.patches)
     backend = resolve_backend(options.backend, loaded.device).name
 
-    pixel_values = loaded.processor.image_processor(image, return_tensors="pt")["pixel_values"]
-    check_pixels(pixel_values, [options.image])
-    with torch.inference_mode():
-        query, keys, hidden = encode(loaded.model, pixel_values.to(loaded.device, loaded.dtype))
-        merged = prune_merge(query, keys, hidden, options.config, backend=options.backend)
-    centres = [index for index in merged.kept[0].tolist() if index >= 0]
+    seen = look(loaded, image, options.image, {"shown": options.config}, backend=options.backend)
+    merged, centres = seen.merged["shown"], seen.centres("shown")
     attention = merged.attention[0].float().cpu()  # [N]
     strongest = sorted(centres, key=lambda index: -float(attention[index]))[:STRONGEST]
-    unit_keys = normalize(keys[0, 1:].float(), dim=-1)  # [N, C]
+    unit_keys = normalize(seen.keys[1:].float(), dim=-1)  # [N, C]
     links = {centre: nearest(unit_keys, centre, options.config.neighbours) for centre in strongest}
-    picture = draw(seen_image(loaded, pixel_values[0]), attention, centres, links)
+    picture = draw(seen.image, attention, centres, links)
     try:
         picture.save(output)
     except OSError as error:
@@ -97,16 +92,6 @@ def run(options: ShowOptions) -> None:
         print(f"{output}: {tokens} of {len(attention)} visual tokens")
 
 
-def seen_image(loaded: Loaded, pixel_values: Tensor) -> Image.Image:
-    """The image as the vision tower sees it, from its processed pixels [3, H, W]."""
-    processor = loaded.processor.image_processor
-    mean, std = (
-        torch.tensor(v)[:, None, None] for v in (processor.image_mean, processor.image_std)
-    )
-    pixels = (pixel_values * std + mean).clamp(0, 1) * 255  # [3, H, W]
-    return Image.fromarray(pixels.round().byte().permute(1, 2, 0).numpy())
-
-
 def draw(
     image: Image.Image, attention: Tensor, centres: list[int], links: dict[int, list[int]]
 ) -> Image.Image:
@@ -118,7 +103,7 @@ def draw(
         centres: Kept patches, in the order of the output.
         links: Neighbours of some of the centres.
     """
-    grid = _Grid(image, round(len(attention) ** 0.5))
+    grid = Grid(image, len(attention), PANEL)
     most = max((len(near) for near in links.values()), default=0)
     panels = {
         f"class attention, at most {attention.max():.1%}": _draw_attention(grid, attention),
@@ -133,44 +118,11 @@ def draw(
     for number, (caption, panel) in enumerate(panels.items()):
         left = GAP + number * (grid.side + GAP)
         pen.text((left, CAPTION / 2), caption, "black", ImageFont.load_default(20), anchor="lm")
-        sheet.paste(panel.resize((grid.side, grid.side), Image.Resampling.LANCZOS), (left, CAPTION))
+        sheet.paste(grid.final(panel), (left, CAPTION))
     return sheet
 
 
-class _Grid:
-    """The image, enlarged, and where its patches lie on it; at twice a panel's final size."""
-
-    def __init__(self, image: Image.Image, cells: int) -> None:
-        self.cells = cells
-        self.cell = 2 * -(-PANEL // cells)  # pixels of a patch's side
-        self.side = self.cell * cells // 2
-        self.image = image.resize((2 * self.side,) * 2, Image.Resampling.LANCZOS)
-
-    def dimmed(self, brightness: float) -> Image.Image:
-        return self.image.point(lambda value: value * brightness)
-
-    def box(self, index: int) -> tuple[int, int, int, int]:
-        row, column = divmod(index, self.cells)
-        left, top = column * self.cell, row * self.cell
-        return left, top, left + self.cell, top + self.cell
-
-    def middle(self, index: int) -> tuple[float, float]:
-        left, top, right, bottom = self.box(index)
-        return (left + right) / 2, (top + bottom) / 2
-
-    def number(self, pen: ImageDraw.ImageDraw, index: int, text: str) -> None:
-        pen.text(
-            self.middle(index),
-            text,
-            "white",
-            ImageFont.load_default(0.5 * self.cell),
-            anchor="mm",
-            stroke_width=self.cell // 16,
-            stroke_fill="black",
-        )
-
-
-def _draw_attention(grid: _Grid, attention: Tensor) -> Image.Image:
+def _draw_attention(grid: Grid, attention: Tensor) -> Image.Image:
     share = np.sqrt(attention.numpy() / attention.max().item())  # [N]; the root lifts the tail
     positions = np.linspace(0, 1, len(HEAT))
     colours = np.stack([np.interp(share, positions, HEAT[:, c]) for c in range(3)], axis=-1)
@@ -179,17 +131,16 @@ def _draw_attention(grid: _Grid, attention: Tensor) -> Image.Image:
     return Image.blend(grid.image.convert("L").convert("RGB"), heat, 0.65)
 
 
-def _draw_centres(grid: _Grid, centres: list[int]) -> Image.Image:
-    panel = grid.dimmed(0.3)
+def _draw_centres(grid: Grid, centres: list[int]) -> Image.Image:
+    panel = grid.lit(centres)
     pen = ImageDraw.Draw(panel)
     for rank, index in enumerate(centres, start=1):
-        panel.paste(grid.image.crop(grid.box(index)), grid.box(index))
         pen.rectangle(grid.box(index), outline="white", width=2)
         grid.number(pen, index, str(rank))
     return panel
 
 
-def _draw_links(grid: _Grid, centres: list[int], links: dict[int, list[int]]) -> Image.Image:
+def _draw_links(grid: Grid, centres: list[int], links: dict[int, list[int]]) -> Image.Image:
     panel = grid.dimmed(0.5)
     tint = ImageDraw.Draw(panel, "RGBA")
     for (_, near), colour in zip(links.items(), COLOURS, strict=False):

@@ -1,0 +1,112 @@
+"""Writes the page of `prumerge-fast compare --html` from the committed result files.
+
+    python bench/report.py                                  # report.html
+    python bench/report.py --screenshot docs/report.png     # and its first screen; needs Chromium
+
+The demo scenes are drawn anew, and the demo model says again which of their patches it keeps;
+all figures are those of the files. The plot shows the curves of `prumerge-fast evaluate`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from prumerge_fast.cli import page
+from prumerge_fast.cli.chart import Point, Series
+from prumerge_fast.cli.inputs import image_by_name
+from prumerge_fast.cli.models import load
+
+RESULTS = Path(__file__).parent / "results"
+CURVES = {  # method: whose colour, dashes
+    "random": ("other", "1 4"),
+    "evenly spaced": ("other", "8 4"),
+    "attention top-k": ("other", ""),
+    "PruMerge": ("prumerge", ""),
+    "PruMerge, raster order": ("prumerge", "6 4"),
+    "PruMerge+": ("prumerge-plus", ""),
+    "PruMerge+, raster order": ("prumerge-plus", "6 4"),
+}
+POINTS = {
+    "all tokens": "llava",
+    "PruMerge, adaptive": "prumerge",
+    "PruMerge+, adaptive": "prumerge-plus",
+}
+
+
+def curves(run: dict[str, Any]) -> list[Series]:
+    """What `prumerge-fast evaluate` measured: methods at equal budgets, and adaptive ones."""
+
+    def point(name: str) -> Point:
+        row = run["policies"][name]
+        overall = row["accuracy"]["overall"]
+        return Point(row["visual_tokens"], overall["value"], tuple(overall["interval"]))
+
+    return [
+        *(Series(name, slug, [point(name)]) for name, slug in POINTS.items()),
+        *(
+            Series(name, slug, [point(f"{name} ({n})") for n in run["settings"]["tokens"]], dash)
+            for name, (slug, dash) in CURVES.items()
+        ),
+    ]
+
+
+def note(run: dict[str, Any]) -> str:
+    """Where the curves come from."""
+    return (
+        f"{run['questions']['overall']:,} questions, {run['bootstrap']['level']:.0%} bootstrap "
+        f"intervals over {run['bootstrap']['over']}: {' '.join(run['command'])}, "
+        f"{run['date'][:10]}. Visual tokens are on a logarithmic scale."
+    )
+
+
+@contextmanager
+def browser() -> Iterator[Any]:
+    """Debian's Chromium without a screen, driven by playwright.
+
+    Raises:
+        RuntimeError: There is no Chromium.
+    """
+    from playwright.sync_api import sync_playwright
+
+    names = ("chromium", "chromium-browser", "google-chrome")
+    executable = next(filter(None, map(shutil.which, names)), None)
+    if executable is None:
+        raise RuntimeError(f"expected one of {', '.join(names)} on the PATH, got none")
+    silent = ("background-networking", "component-update", "sync", "gpu")
+    with sync_playwright() as driver:
+        chromium = driver.chromium.launch(
+            executable_path=executable,
+            args=["--no-sandbox", "--no-first-run", *(f"--disable-{one}" for one in silent)],
+        )
+        yield chromium
+        chromium.close()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--compare", type=Path, default=RESULTS / "demo-compare.json")
+    parser.add_argument("--accuracy", type=Path, default=RESULTS / "demo-accuracy.json")
+    parser.add_argument("--output", type=Path, default=Path("report.html"))
+    parser.add_argument("--screenshot", type=Path, help="a PNG")
+    options = parser.parse_args(arguments)
+    run = json.loads(options.compare.read_text())
+    accuracy = json.loads(options.accuracy.read_text())
+    with page.writable(options.output) as file:
+        loaded = load(None, dtype=run["settings"]["dtype"], device="cpu", load_in_4bit=False)
+        pictures = page.panels(loaded, run, image_by_name)
+        page.write(file, page.render(run, pictures, curves(accuracy), note(accuracy)))
+    if options.screenshot:
+        with browser() as chromium:
+            tab = chromium.new_page(viewport={"width": 1280, "height": 1000})
+            tab.goto(options.output.resolve().as_uri())
+            tab.screenshot(path=options.screenshot)
+
+
+if __name__ == "__main__":
+    main()

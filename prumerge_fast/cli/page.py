@@ -1,0 +1,285 @@
+"""A comparison as one HTML page that needs nothing else: no script, no font, no network.
+
+Everything that comes from outside (questions, answers, names) is escaped by the template, and the
+page forbids itself scripts and connections.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, TextIO
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+
+from prumerge_fast.cli import report
+from prumerge_fast.cli.chart import Point, Series, chart
+from prumerge_fast.cli.inputs import InputError
+from prumerge_fast.cli.models import Loaded
+from prumerge_fast.cli.pictures import Grid, data_uri, look
+from prumerge_fast.config import PruMergeConfig
+
+MOST_QUESTIONS = 24  # with pictures; they are what makes the page large
+PANEL = 336  # pixels of a picture's side
+OUTLINES = {"prumerge": "#6db7f0", "prumerge-plus": "#4fd0a5"}  # as the style sheet's, on black
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A picture as one policy uses it. `kept` is `None` where all `patches` are used."""
+
+    address: str
+    side: int
+    patches: int
+    tokens: int
+    kept: int | None
+
+
+@contextmanager
+def writable(path: Path) -> Iterator[TextIO]:
+    """Opens the page's file before there is a page; what it holds stays until `write`.
+
+    Raises:
+        InputError: The file cannot be written, or its name does not end in .html.
+    """
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"--html: expected a name that ends in .html, got {path}")
+    new = not path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # File names may hold what UTF-8 cannot.
+        file = path.open("a", encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise InputError(f"--html: expected a writable file, got {path} ({error})") from None
+    try:
+        with file:
+            yield file
+    finally:
+        if new and path.stat().st_size == 0:  # nothing came of it
+            path.unlink()
+
+
+def write(file: TextIO, content: str) -> None:
+    """Puts a page in the place of what the file holds."""
+    file.truncate(0)
+    file.write(content)
+
+
+def panels(
+    loaded: Loaded,
+    run: Mapping[str, Any],
+    image: Callable[[str], Image.Image],
+    *,
+    backend: str = "auto",
+) -> dict[str, dict[str, Panel]]:
+    """The pictures of the questions that the page shows, by image and policy.
+
+    Args:
+        loaded: The model of the run.
+        run: What `compare --json` prints.
+        image: Gives an image of the run by its name.
+        backend: Of `prune_merge`.
+
+    Raises:
+        InputError: An image cannot be read any more.
+    """
+    configs = {
+        policy: PruMergeConfig(**row["config"])
+        for policy, row in run["results"].items()
+        if row["config"] is not None
+    }
+    drawn: dict[str, dict[str, Panel]] = {}
+    for name in dict.fromkeys(answer["image"] for answer in run["answers"][:MOST_QUESTIONS]):
+        seen = look(loaded, image(name), name, configs, backend=backend)
+        grid = Grid(seen.image, loaded.patches, PANEL)
+        drawn[name] = {}
+        for policy in run["results"]:
+            if policy not in configs:
+                whole = data_uri(grid.final(grid.image))
+                drawn[name][policy] = Panel(whole, grid.side, loaded.patches, loaded.patches, None)
+                continue
+            centres = seen.centres(policy)
+            picture = grid.outlined(centres, OUTLINES[report.SLUGS[policy]])
+            drawn[name][policy] = Panel(
+                data_uri(grid.final(picture)),
+                grid.side,
+                loaded.patches,
+                int(seen.merged[policy].lengths[0]),
+                len(centres),
+            )
+    return drawn
+
+
+def render(
+    run: Mapping[str, Any],
+    pictures: Mapping[str, Mapping[str, Panel]],
+    curves: Sequence[Series] | None = None,
+    curves_note: str = "",
+) -> str:
+    """The page.
+
+    Args:
+        run: What `compare --json` prints.
+        pictures: From `panels`.
+        curves: What the plot shows in place of the run's own policies.
+        curves_note: Where the curves come from, one sentence.
+    """
+    environment = Environment(
+        loader=PackageLoader("prumerge_fast.cli", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"ms": _milliseconds}
+    return environment.get_template("page.html.jinja").render(
+        run=run,
+        slugs=report.SLUGS,
+        tiles=_tiles(run["results"]),
+        rows=report.comparison_rows(run["results"]),
+        bars=_bars(run["results"]),
+        plot=chart(curves or _own_points(run["results"])),
+        measure=_measure(run["results"])[1],
+        curves_note=curves_note,
+        cards=_cards(run, pictures),
+        shown=min(len(run["answers"]), MOST_QUESTIONS),
+        facts=_facts(run),
+        command=[shlex.quote(argument) for argument in run["command"]],
+    )
+
+
+def _milliseconds(time: float) -> str:
+    """Three significant digits, whole milliseconds at least."""
+    return f"{time:.2f}" if time < 10 else f"{time:.1f}" if time < 100 else f"{time:,.0f}"
+
+
+def _measure(results: Mapping[str, Any]) -> tuple[str, str]:
+    """What is compared, and its name: answers are not always known."""
+    if next(iter(results.values()))["accuracy"] is None:
+        return "agreement", "same answer as LLaVA"
+    return "accuracy", "accuracy"
+
+
+def _tiles(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The headline figures of each policy, and how they stand to the first one's."""
+    plain = next(iter(results.values()))
+    key, measure = _measure(results)
+
+    def figure(value: str, unit: str, beside: str) -> dict[str, str]:
+        return {"value": value, "unit": unit, "beside": beside}
+
+    tiles = []
+    for policy, row in results.items():
+        is_plain = row is plain
+        tokens, total = row["visual_tokens"]["mean"], row["milliseconds"]["total"]
+        share = tokens / plain["visual_tokens"]["mean"]
+        time = total / plain["milliseconds"]["total"]
+        cache = row["kv_cache_bytes"] / plain["kv_cache_bytes"]
+        points = 100 * (row[key] - plain[key])
+        tiles.append(
+            {
+                "policy": policy,
+                "tokens": f"{tokens:.1f}",
+                "share": "" if is_plain else f"{share:.0%} of LLaVA’s",
+                "figures": {
+                    "whole answer": figure(
+                        _milliseconds(total), "ms", "" if is_plain else f"{time:.2f} ×"
+                    ),
+                    "KV cache": figure(
+                        f"{row['kv_cache_bytes'] / 1024:,.0f}",
+                        "KiB",
+                        "" if is_plain else f"{cache:.2f} ×",
+                    ),
+                    measure: figure(
+                        f"{row[key]:.1%}",
+                        "",
+                        "" if is_plain else f"{points:+.1f} points".replace("-", "−"),
+                    ),
+                },
+            }
+        )
+    return tiles
+
+
+def _bars(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The stages of each policy; widths in percent of the longest bar."""
+    names = [stage for stage in report.stages_of(results) if stage != "total"]
+    bars: list[dict[str, Any]] = []
+    for policy, row in results.items():
+        times = {stage: row["milliseconds"][stage] or 0.0 for stage in names}
+        total = row["milliseconds"]["total"]
+        rest = max(total - sum(times.values()), 0.0)
+        parts = [
+            {"label": report.STAGES[stage], "ms": times[stage], "shade": 100 - 72 * n // len(names)}
+            for n, stage in enumerate(names)
+            if row["milliseconds"][stage] is not None
+        ]
+        parts.append({"label": "rest of generate()", "ms": rest, "shade": 12})
+        bars.append({"policy": policy, "total": total, "parts": parts})
+    longest = max(sum(part["ms"] for part in bar["parts"]) for bar in bars)
+    for bar in bars:
+        for part in bar["parts"]:
+            part["width"] = round(100 * part["ms"] / longest, 2)
+    return bars
+
+
+def _own_points(results: Mapping[str, Any]) -> list[Series]:
+    key, _ = _measure(results)
+    return [
+        Series(policy, report.SLUGS[policy], [Point(row["visual_tokens"]["mean"], row[key])])
+        for policy, row in results.items()
+    ]
+
+
+def _cards(
+    run: Mapping[str, Any], pictures: Mapping[str, Mapping[str, Panel]]
+) -> list[dict[str, Any]]:
+    """Questions that follow each other about one image share a card."""
+    return [
+        {
+            "name": Path(image).name,
+            "panels": pictures[image],
+            "questions": [
+                {**answer, "verdicts": _verdicts(answer["answers"], answer["expected"])}
+                for answer in answers
+            ],
+        }
+        for image, answers in groupby(
+            run["answers"][:MOST_QUESTIONS], key=lambda answer: answer["image"]
+        )
+    ]
+
+
+def _verdicts(answers: Mapping[str, str], expected: str | None) -> dict[str, str]:
+    """By policy: "right" or "wrong"; where no answer is known, "same" as LLaVA's or "differs"."""
+    first = next(iter(answers.values()))
+    yes, no = ("same", "differs") if expected is None else ("right", "wrong")
+    wanted = report.normalise(first if expected is None else expected)
+    found = {
+        policy: yes if report.normalise(text) == wanted else no for policy, text in answers.items()
+    }
+    return found | ({next(iter(answers)): ""} if expected is None else {})
+
+
+def _facts(run: Mapping[str, Any]) -> dict[str, str]:
+    settings, machine = run["settings"], run["machine"]
+    on_gpu = machine["device"] != "cpu"
+    return {
+        "model": run["model"],
+        "questions": f"{run['questions']:,}",
+        "precision": settings["dtype"] + (" and NF4" if settings["load_in_4bit"] else ""),
+        "backend": settings["backend"],
+        "batch size": str(settings["batch_size"]),
+        "longest answer": f"{settings['max_new_tokens']} tokens",
+        "timed runs": str(settings["repeat"]),
+        "device": machine["device"] if on_gpu else f"{machine['processor']}, CPU",
+        "threads": f"{machine['threads']} of {machine['cpus']} CPUs",
+        "system": machine["platform"],
+        "versions": ", ".join(f"{k} {v}" for k, v in run["versions"].items() if v is not None),
+        "date": f"{run['date'][:16].replace('T', ' ')} UTC",
+    }
