@@ -20,6 +20,7 @@ from prumerge_fast.forward import (
     check_prompt,
     embed_prompt,
     encode_images,
+    lay_out_prompt,
     named_arguments,
     shrink_per_token,
     take_images,
@@ -29,7 +30,6 @@ from prumerge_fast.prompt import (
     forget_layout,
     remember_layout,
     remembered_layout,
-    shrink_prompt,
 )
 from prumerge_fast.versions import is_default_length, set_length
 
@@ -141,14 +141,8 @@ def generate(
     if attention_mask is None:
         attention_mask = _inferred_mask(options, input_ids)
     encoded = encode_images(model, adapter, images)
-    layout = shrink_prompt(
-        input_ids,
-        attention_mask,
-        adapter.image_token_id(model),
-        encoded.placeholders,
-        encoded.lengths,
-        padding_side="left",  # decoding appends on the right
-    )
+    # Decoding appends on the right.
+    layout = lay_out_prompt(model, adapter, input_ids, attention_mask, encoded, side="left")
     arguments["inputs_embeds"] = embed_prompt(
         model, adapter, layout, input_ids, attention_mask, encoded
     )
@@ -179,7 +173,8 @@ def _generate_later_turn(
             f"{held} tokens whose keys and values past_key_values holds, got "
             f"{list(input_ids.shape)} and {list(attention_mask.shape)}"
         )
-    if (input_ids[:, held:] == adapter.image_token_id(model)).any():
+    later = input_ids[:, held:]
+    if any((later == adapter.placeholder_id(model, kind)).any() for kind in adapter.pixels):
         raise ValueError(
             "input_ids: expected no image behind the tokens in past_key_values on a patched "
             "model; pass the conversation without past_key_values"

@@ -36,7 +36,7 @@ class PruMergeState:
     Args:
         config: The options.
         backend: As asked for: `"auto"`, `"triton"`, `"torch"` or `"reference"`.
-        last_lengths: Tokens of each image when images were last encoded.
+        last_lengths: Tokens of each image, then of each video, when any were last encoded.
     """
 
     config: PruMergeConfig
@@ -173,10 +173,15 @@ def _patched_class(base: Any) -> Any:
         original = super(subclass, self).generate
         return generation.generate(self, adapter, original, args, kwargs)
 
-    @functools.wraps(base.get_image_features)
-    def get_image_features(self: Any, *args: Any, **kwargs: Any) -> Any:
-        original = super(subclass, self).get_image_features
-        return forward_pass.get_image_features(self, adapter, original, args, kwargs)
+    def get_features(modality: str) -> Any:
+        name = f"get_{modality}_features"
+
+        @functools.wraps(getattr(base, name))
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            original = getattr(super(subclass, self), name)
+            return forward_pass.get_features(self, adapter, modality, original, args, kwargs)
+
+        return method
 
     def _get_logits_processor(self: Any, *args: Any, **kwargs: Any) -> Any:
         original = super(subclass, self)._get_logits_processor
@@ -201,7 +206,7 @@ def _patched_class(base: Any) -> Any:
         __init__,
         forward,
         generate,
-        get_image_features,
+        *(get_features(kind) for kind in adapter.pixels if hasattr(base, f"get_{kind}_features")),
         _get_logits_processor,
         _get_stopping_criteria,
         __reduce_ex__,

@@ -122,6 +122,9 @@ from kernel_cases import CONFIGS, assert_like_torch, random_inputs
 for dtype in (torch.float32, torch.float16):
     for config in CONFIGS.values():
         assert_like_torch(random_inputs(2, 23, 40, dtype), config, dtype)
+query, keys, hidden = random_inputs(2, 23, 40, torch.float32)
+layers = torch.cat((hidden, keys), 2)  # side by side
+assert_like_torch((query, keys, layers), CONFIGS["default"], torch.float32)
 print("agreed")
 """
 

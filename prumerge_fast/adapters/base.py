@@ -11,10 +11,13 @@ from torch import Tensor
 
 from prumerge_fast.config import PruMergeConfig
 
+PLACEHOLDERS_ATTRIBUTE = "_prumerge_placeholders"
+"""On encoded images: how many placeholders each had before it was pruned."""
+
 
 @dataclass(frozen=True, eq=False)
 class ImageTokens:
-    """The visual tokens of n images as the language model reads them.
+    """The visual tokens of n images, or videos, as the language model reads them.
 
     Args:
         features: [sum of lengths, D], image after image.
@@ -30,11 +33,15 @@ class ImageTokens:
 class Adapter(ABC):
     """One model family. Stateless: every method is given the model.
 
-    Methods take the arguments of the model's `forward` that describe images, by name (`images`).
+    Methods take the arguments of the model's `forward` that describe images and videos, by name
+    (`images`). A modality is `"image"` or `"video"`.
     """
 
     image_arguments: ClassVar[tuple[str, ...]]
     """Names of those arguments."""
+
+    pixels: ClassVar[dict[str, str]] = {"image": "pixel_values"}
+    """For each modality of the family, the argument that holds its pixels."""
 
     @abstractmethod
     def check(self, model: Any) -> None:
@@ -42,15 +49,15 @@ class Adapter(ABC):
 
     @abstractmethod
     def num_patches(self, model: Any) -> int:
-        """N, the number of patch tokens that one pruning chooses from."""
+        """N, the number of patch tokens that one pruning chooses from, at most."""
 
     @abstractmethod
-    def image_token_id(self, model: Any) -> int:
+    def placeholder_id(self, model: Any, modality: str) -> int:
         """Id of the placeholder token in prompts."""
 
     @abstractmethod
     def has_images(self, images: Mapping[str, Any]) -> bool:
-        """Whether these arguments hold any image."""
+        """Whether these arguments hold any image or video."""
 
     @abstractmethod
     def query_keys_hidden(
@@ -61,5 +68,5 @@ class Adapter(ABC):
     @abstractmethod
     def encode(
         self, model: Any, images: Mapping[str, Any], config: PruMergeConfig, backend: str
-    ) -> ImageTokens:
-        """Encode, prune, merge and project these images."""
+    ) -> dict[str, ImageTokens]:
+        """Encode, prune, merge and project what is given, by modality."""

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from prumerge_fast.adapters import FAMILIES, adapter_for
+from prumerge_fast.adapters import adapter_for
 from prumerge_fast.cli.inputs import IMAGE_TOKEN, InputError, Item
 from prumerge_fast.config import PruMergeConfig
+
+_ARCHITECTURE = "LlavaForConditionalGeneration"  # what the stages are timed on
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,9 @@ def load(model: str | None, *, dtype: str, device: str, load_in_4bit: bool) -> L
         logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(source)
-        if not FAMILIES.keys() & set(config.architectures or ()):
+        if _ARCHITECTURE not in (config.architectures or ()):
             raise InputError(
-                f"--model: expected one of {', '.join(FAMILIES)}, got "
+                f"--model: expected a {_ARCHITECTURE}, got "
                 f"{' '.join(config.architectures or [config.model_type])} in {source}"
             )
         processor = AutoProcessor.from_pretrained(source)

@@ -1,0 +1,78 @@
+"""Video-LLaVA in transformers: `VideoLlavaForConditionalGeneration`, a tower for each modality.
+
+A video is pruned frame by frame. The model reads each frame's class token, first; it stays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from prumerge_fast.adapters.base import ImageTokens
+from prumerge_fast.adapters.llava import LlavaAdapter, video_frames
+from prumerge_fast.config import PruMergeConfig
+from prumerge_fast.dispatch import prune_merge
+
+
+class VideoLlavaAdapter(LlavaAdapter):
+    """`image_tower` and `video_tower` in place of `vision_tower`."""
+
+    image_arguments = (
+        "pixel_values",
+        "pixel_values_images",
+        "pixel_values_videos",
+        "vision_feature_layer",
+        "vision_feature_select_strategy",
+        "mm_encoder_outputs",
+    )
+    pixels: ClassVar[dict[str, str]] = {"image": "pixel_values", "video": "pixel_values_videos"}
+
+    def tower(self, model: Any, modality: str) -> Any:
+        return model.model.image_tower if modality == "image" else model.model.video_tower
+
+    def has_images(self, images: Mapping[str, Any]) -> bool:
+        return super().has_images(_named_as_in_5(images))
+
+    def encode(
+        self, model: Any, images: Mapping[str, Any], config: PruMergeConfig, backend: str
+    ) -> dict[str, ImageTokens]:
+        return super().encode(model, _named_as_in_5(images), config, backend)
+
+    def encode_pixels(
+        self,
+        model: Any,
+        modality: str,
+        images: Mapping[str, Any],
+        config: PruMergeConfig,
+        backend: str,
+    ) -> ImageTokens:
+        if modality == "image":
+            return super().encode_pixels(model, modality, images, config, backend)
+        videos = images["pixel_values_videos"]
+        query, keys, hidden = self.read(model, "video", video_frames(videos), images)
+        merged = prune_merge(query, keys, hidden, config, backend=backend)
+        with_class = dataclasses.replace(
+            merged,
+            tokens=torch.cat((hidden[:, :1], merged.tokens), 1),  # [V * F, 1 + capacity, C]
+            lengths=merged.lengths + 1,
+        )
+        tokens, _ = with_class.packed()  # [sum of lengths, C]
+        features = model.model.multi_modal_projector(tokens)  # [sum of lengths, D]
+        count, frames = videos.shape[:2]
+        lengths = with_class.lengths.view(count, frames).sum(1).tolist()
+        return ImageTokens(features, lengths, [frames * hidden.shape[1]] * count)
+
+
+def _named_as_in_5(images: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Transformers 4 calls the images `pixel_values_images`, as 5 still does in places."""
+    if images.get("pixel_values_images") is None:
+        return images
+    if images.get("pixel_values") is not None:
+        raise ValueError("pixel_values and pixel_values_images: expected one of them, got both")
+    return {**images, "pixel_values": images["pixel_values_images"]}
+
+
+ADAPTER = VideoLlavaAdapter()
