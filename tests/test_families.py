@@ -10,9 +10,23 @@ import torch
 from tiny_families import FAMILIES, V5, Family, FamilyOracle
 from tiny_models import BOS, EVERYTHING, IMAGE, PAD, VIDEO, same, snapshot
 from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    Qwen2Config,
+    SiglipVisionConfig,
+    pipeline,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from prumerge_fast.config import PruMergeConfig
+from prumerge_fast.demo import MODEL_DIR, PROMPT
+from prumerge_fast.demo.scenes import benchmark
+from prumerge_fast.errors import UnsupportedModelError
 from prumerge_fast.patching import patch, patched, unpatch
 
 CONFIGS = {
@@ -378,3 +392,113 @@ def test_saves_the_plain_model(family: Family, model: Any, tmp_path: Any) -> Non
     assert type(loaded) is kind
     assert torch.equal(patch(loaded)(**inputs).logits, expected)
     assert torch.equal(copy.deepcopy(loaded)(**inputs).logits, expected)
+
+
+PICTURES = {  # height and width; what the model has of the grid, newlines included
+    "1 x 1": (1, 1, 5 * 7),
+    "thin rows": (1, 10_000, 1 * 11),
+    "thin columns": (10_000, 1, 5 * 1),  # newlines only
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+@torch.no_grad()
+def test_pictures_of_extreme_shape(name: str) -> None:
+    family = FAMILIES["LLaVA-NeXT"]
+    model = family.model()
+    height, width, grid = PICTURES[name]
+    inputs = {
+        "input_ids": torch.tensor([[BOS, *[IMAGE] * (25 + grid), 5, 6]]),
+        "pixel_values": family.pixels("image", 1)[None],
+        "image_sizes": torch.tensor([[height, width]]),
+    }
+    expected = model(**inputs).logits
+    assert torch.equal(patch(model, **EVERYTHING)(**inputs).logits, expected)
+    patch(model, PruMergeConfig())
+    assert model(**inputs).logits.isfinite().all()
+    assert model.prumerge.last_lengths[0] < 25 + grid
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_sizes": None}, "image_sizes: expected the height and width of each image"),
+        ({"image_sizes": torch.tensor([[60, 60]])}, r"pixel_values: expected crops.*are \[5\]"),
+        ({"pixel_values": torch.zeros(5, 3, 30, 30)}, r"are \[5, 3\], got \[5, 3, 30, 30\]"),
+        ({"pixel_values": [torch.zeros(5, 3, 30, 30)] * 2}, "pixel_values: expected crops"),
+    ],
+)
+def test_crops_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
+    family = FAMILIES["LLaVA-NeXT"]
+    inputs = family.inputs(family.prompts()[:2])
+    with pytest.raises(ValueError, match=message):
+        patch(family.model())(**{**inputs, **changes})
+
+
+@torch.no_grad()
+def test_crops_in_a_row() -> None:
+    """Crops of all images in one batch, without padding, as the model takes them too."""
+    family = FAMILIES["LLaVA-NeXT"]
+    inputs, model = family.inputs(family.prompts()), patch(family.model())
+    expected = model(**inputs).logits
+    crops = torch.cat([family.pixels("image", number) for number in range(4)])
+    assert torch.equal(model(**inputs | {"pixel_values": crops}).logits, expected)
+
+
+@torch.no_grad()
+def test_both_names_of_images() -> None:
+    family = FAMILIES["Video-LLaVA"]
+    inputs, model = family.inputs(family.prompts()[:1]), patch(family.model())
+    expected = model(**inputs).logits
+    name = "pixel_values" if V5 else "pixel_values_images"
+    pixels = inputs.pop(name)
+    if V5:
+        assert torch.equal(model(**inputs, pixel_values_images=pixels).logits, expected)
+        with pytest.raises(ValueError, match="pixel_values and pixel_values_images"):
+            model(**inputs, pixel_values=pixels, pixel_values_images=pixels)
+
+
+def test_towers_without_a_class_token() -> None:
+    vision = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    text = Qwen2Config(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=99,
+    )
+    one = LlavaOnevisionForConditionalGeneration(
+        LlavaOnevisionConfig(vision_config=vision, text_config=text)
+    )
+    llava = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text))
+    for model in (one, llava):
+        before = snapshot(model)
+        with pytest.raises(UnsupportedModelError, match=r"Siglip.*no class token|SigLIP.*no class"):
+            patch(model)
+        assert same(before, snapshot(model))
+
+
+def test_pipeline() -> None:
+    """The demo model as people load models, patched inside their pipeline."""
+    model = AutoModelForImageTextToText.from_pretrained(MODEL_DIR)
+    processor = AutoProcessor.from_pretrained(MODEL_DIR)
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    [(scene, question)] = benchmark("test", 1)
+    image, prompt = scene.render(), PROMPT.format(question=question.text)
+
+    def answer() -> str:
+        found = pipe(text=prompt, images=image, max_new_tokens=8, return_full_text=False)
+        return found[0]["generated_text"]
+
+    plain = answer()
+    assert plain
+    with patched(model, **EVERYTHING):
+        assert answer() == plain
+        assert model.prumerge.last_lengths == (196,)
+    with patched(model, keep=64):
+        assert answer()
+        assert model.prumerge.last_lengths == (65,)
+    assert answer() == plain
