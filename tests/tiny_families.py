@@ -5,6 +5,7 @@ Oracles are written in loops, from the unpatched model's own modules, without th
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +20,12 @@ V5 = int(transformers.__version__.split(".")[0]) >= 5
 SIDE = 5  # patches of 6 pixels
 FRAMES = 3
 
+
+def takes(model: Any, argument: str) -> bool:
+    """Whether the `forward` of a model, or of a class, takes an argument of that name."""
+    return argument in inspect.signature(model.forward).parameters
+
+
 Part = Any  # a list of token ids, or a picture: ("image" or "video", its number)
 
 
@@ -27,6 +34,7 @@ class Family:
 
     kinds: tuple[str, ...] = ("image",)
     model_name: str
+    layer_argument = "vision_feature_layer"
     layers: tuple[int, ...] = (-2,)
     options: ClassVar[dict[str, Any]] = {}
 
@@ -151,9 +159,10 @@ class LlavaLayers(Family):
 class VipLlava(Family):
     model_name = "VipLlava"
     layers = (-2, 1, 0)
-    options: ClassVar[dict[str, Any]] = {
-        "vision_feature_layer" if V5 else "vision_feature_layers": [-2, 1, 0]
-    }
+    layer_argument = "vision_feature_layer"
+    if not takes(transformers.VipLlavaModel, layer_argument):  # 4.x, 5.17
+        layer_argument = "vision_feature_layers"
+    options: ClassVar[dict[str, Any]] = {layer_argument: [-2, 1, 0]}
 
 
 class VideoLlava(Family):
@@ -165,7 +174,7 @@ class VideoLlava(Family):
 
     def arguments(self, kind: str, numbers: list[int]) -> dict[str, Tensor]:
         arguments = super().arguments(kind, numbers)
-        if kind == "image" and not V5:
+        if kind == "image" and not takes(transformers.VideoLlavaModel, "pixel_values"):
             return {"pixel_values_images": arguments["pixel_values"]}
         return arguments
 

@@ -140,7 +140,7 @@ def _encoded(images: Mapping[str, Any], modality: str) -> ImageTokens | None:
     output = (images.get("mm_encoder_outputs") or {}).get(modality)
     if output is None:
         return None
-    features = list(output.pooler_output)  # [m, D] each
+    features = [feature.flatten(0, -2) for feature in output.pooler_output]  # [m, D] each
     lengths = [len(feature) for feature in features]
     return ImageTokens(
         torch.cat(features), lengths, getattr(output, PLACEHOLDERS_ATTRIBUTE, lengths)
