@@ -15,6 +15,7 @@ from prumerge_fast.adapters.base import PLACEHOLDERS_ATTRIBUTE, Adapter, ImageTo
 from prumerge_fast.config import PruMergeConfig
 from prumerge_fast.dispatch import prune_merge
 from prumerge_fast.errors import UnsupportedModelError
+from prumerge_fast.output import MergedTokens
 from prumerge_fast.versions import configured_feature_layer
 from prumerge_fast.vision import check_tower, num_patches, query_keys_hidden, reading_layer
 
@@ -128,6 +129,17 @@ def video_frames(pixel_values: Any) -> Tensor:
             f"pixel_values_videos: expected a batch [V, frames, 3, height, width], got {got}"
         )
     return pixel_values.flatten(0, 1)
+
+
+def project_videos(
+    model: Any, merged: MergedTokens, videos: Tensor, placeholders: int
+) -> ImageTokens:
+    """Tokens of videos [V, F, 3, H, W] from those of their frames, `placeholders` a frame."""
+    tokens, _ = merged.packed()  # [sum of lengths, C]
+    features = model.model.multi_modal_projector(tokens)  # [sum of lengths, D]
+    count, frames = videos.shape[:2]
+    lengths = merged.lengths.view(count, frames).sum(1).tolist()
+    return ImageTokens(features, lengths, [frames * placeholders] * count)
 
 
 def _has_pixels(images: Mapping[str, Any], argument: str) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from prumerge_fast.adapters.base import ImageTokens
-from prumerge_fast.adapters.llava import video_frames
+from prumerge_fast.adapters.llava import project_videos, video_frames
 from prumerge_fast.adapters.llava_next import LlavaNextAdapter, within_budget
 from prumerge_fast.config import PruMergeConfig
 from prumerge_fast.dispatch import prune_merge
@@ -47,11 +47,7 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
             within_budget(config, pooled.shape[1]),
             backend=backend,
         )
-        tokens, _ = merged.packed()  # [sum of lengths, C]
-        features = model.model.multi_modal_projector(tokens)  # [sum of lengths, D]
-        count, frames = videos.shape[:2]
-        lengths = merged.lengths.view(count, frames).sum(1).tolist()
-        return ImageTokens(features, lengths, [frames * pooled.shape[1]] * count)
+        return project_videos(model, merged, videos, pooled.shape[1])
 
 
 def _means(tokens: Tensor, stride: int) -> Tensor:

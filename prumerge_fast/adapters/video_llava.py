@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from prumerge_fast.adapters.base import ImageTokens
-from prumerge_fast.adapters.llava import LlavaAdapter, video_frames
+from prumerge_fast.adapters.llava import LlavaAdapter, project_videos, video_frames
 from prumerge_fast.config import PruMergeConfig
 from prumerge_fast.dispatch import prune_merge
 
@@ -59,11 +59,7 @@ class VideoLlavaAdapter(LlavaAdapter):
             tokens=torch.cat((hidden[:, :1], merged.tokens), 1),  # [V * F, 1 + capacity, C]
             lengths=merged.lengths + 1,
         )
-        tokens, _ = with_class.packed()  # [sum of lengths, C]
-        features = model.model.multi_modal_projector(tokens)  # [sum of lengths, D]
-        count, frames = videos.shape[:2]
-        lengths = with_class.lengths.view(count, frames).sum(1).tolist()
-        return ImageTokens(features, lengths, [frames * hidden.shape[1]] * count)
+        return project_videos(model, with_class, videos, hidden.shape[1])
 
 
 def _named_as_in_5(images: Mapping[str, Any]) -> Mapping[str, Any]:
