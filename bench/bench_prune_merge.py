@@ -20,20 +20,28 @@ FEATURES = Path(__file__).parents[1] / "tests" / "golden" / "heavy_tailed_0.npz"
 CONFIGS = {"adaptive": PruMergeConfig(), "keep=72": PruMergeConfig(keep=72)}
 
 
-def features(batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Features with the heavy-tailed class attention of a ViT, a different image for each row."""
+def features(
+    batch: int, dtype: torch.dtype, num_patches: int = 576, channels: int = 1024
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Features with the heavy-tailed class attention of a ViT, a different image for each row.
+
+    Other shapes than the golden image's repeat or leave out its patches and channels.
+    """
     generator = torch.Generator().manual_seed(0)
     with np.load(FEATURES) as file:
         query, keys, hidden = (
             torch.from_numpy(file[k]).float() for k in ("q_cls", "keys", "hidden")
         )
     orders = [1 + torch.randperm(len(keys) - 1, generator=generator) for _ in range(batch)]
-    rows = torch.stack([torch.cat((torch.zeros(1, dtype=torch.int64), o)) for o in orders])
-    noise = 0.1 * torch.randn(batch, *keys.shape, generator=generator)
+    patches = torch.arange(num_patches) % (len(keys) - 1)
+    rows = torch.stack([torch.cat((torch.zeros(1, dtype=torch.int64), o[patches])) for o in orders])
+    columns = torch.arange(channels) % keys.shape[1]
+    query, keys, hidden = query[columns], keys[:, columns], hidden[:, columns]
+    noise = 0.1 * torch.randn(batch, 1 + num_patches, channels, generator=generator)
     return (
-        query.expand(batch, -1).to(dtype),  # [B, 1024]
-        (keys[rows] + noise * keys.std()).to(dtype),  # [B, 577, 1024]
-        hidden[rows].to(dtype),  # [B, 577, 1024]
+        query.expand(batch, -1).to(dtype),  # [B, C]
+        (keys[rows] + noise * keys.std()).to(dtype),  # [B, 1+N, C]
+        hidden[rows].to(dtype),  # [B, 1+N, C]
     )
 
 

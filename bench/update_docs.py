@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and of the demo's model card from the committed result files.
+"""Writes the tables of the documents from the committed result files.
 
     python bench/update_docs.py           # after new results
     python bench/update_docs.py --check   # exit code 1 if a table is stale
@@ -16,9 +16,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accuracy_tables
+import cost_tables
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "prumerge_fast" / "demo" / "tiny-llava" / "README.md")
+DOCUMENTS = (
+    ROOT / "README.md",
+    ROOT / "prumerge_fast" / "demo" / "tiny-llava" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+)
 
 
 def comparison() -> str:
@@ -95,6 +102,16 @@ def speed() -> str:
     return "\n".join(lines)
 
 
+def _from_run(name: str, table: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
+    """A table with the provenance of the result file that it is of."""
+
+    def build() -> str:
+        run = _read(name)
+        return f"{table(run)}\n\n{_provenance(run, name)}"
+
+    return build
+
+
 def _read(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / name).read_text())
 
@@ -109,7 +126,15 @@ def _provenance(run: dict[str, Any], name: str) -> str:
     )
 
 
-TABLES = {"comparison": comparison, "speed": speed}
+TABLES = {
+    "comparison": comparison,
+    "speed": speed,
+    "cost": _from_run("cost.json", cost_tables.shapes),
+    "published": _from_run("cost.json", cost_tables.published),
+    "curve": _from_run("demo-accuracy.json", accuracy_tables.curve),
+    "kinds": _from_run("demo-accuracy.json", accuracy_tables.kinds),
+    "paired": _from_run("demo-accuracy.json", accuracy_tables.paired),
+}
 
 
 def updated(text: str) -> str:

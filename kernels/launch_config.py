@@ -24,6 +24,7 @@ class LaunchConfig:
         precision: `input_precision` of `tl.dot`.
         num_warps: Warps a program.
         num_stages: Depth of software pipelining.
+        max_registers: Registers a thread; `None`: as the assembler sees fit.
     """
 
     splits: int
@@ -35,6 +36,7 @@ class LaunchConfig:
     precision: str
     num_warps: int
     num_stages: int
+    max_registers: int | None
 
     def vector(self, length: int) -> int:
         """Padded length of a vector: a power of two that gives every thread elements of its own."""
@@ -62,40 +64,82 @@ def choose_launch(
     Raises:
         ValueError: There is no configuration for the target.
     """
+    # Few images: many programs share one, so that the GPU is full. Many: the keys are read least
+    # often when one program takes large tiles of rows.
+    splits = max(1, min(-(-rows // 16), _WIDE_GPU // max(batch, 1)))
+    return _configure(splits, channels, rows, dtype, target)
+
+
+def launch_candidates(
+    batch: int, num_patches: int, channels: int, rows: int, dtype: torch.dtype, target: str
+) -> list[LaunchConfig]:
+    """Configurations worth timing, the one of `choose_launch` first; arguments as there."""
+    first = choose_launch(batch, num_patches, channels, rows, dtype, target)
+    tiles = -(-rows // 16)
+    splits = sorted({tiles, *(1 << i for i in range(tiles.bit_length()))})
+    others = [_configure(count, channels, rows, dtype, target) for count in splits]
+    narrow = [
+        dataclasses.replace(
+            launch,
+            block_c=max(32, launch.block_c // 2),
+            block_score=max(32, launch.block_score // 2),
+            block_out=max(32, launch.block_out // 2),
+        )
+        for launch in (first, *others)
+    ]
+    return list(dict.fromkeys((first, *others, *narrow)))
+
+
+def _configure(
+    splits: int, channels: int, rows: int, dtype: torch.dtype, target: str
+) -> LaunchConfig:
+    """Tiles for `splits` programs an image."""
     obstacle = target_obstacle(target)
     if obstacle is not None:
         raise ValueError(f"target: {obstacle}")
-    tiles = -(-rows // 16)
-    # Few images: many programs share one, so that the GPU is full. Many: the keys are read least
-    # often when one program takes large tiles of rows.
-    splits = max(1, min(tiles, _WIDE_GPU // max(batch, 1)))
     rows_each = -(-rows // splits)
+    is_cuda = target.startswith("sm_")
+    # All that there are; left alone, the assembler may spill to fit one program more on the GPU.
+    max_registers = 255 if is_cuda else None
     if dtype == torch.float32:
-        is_cuda = target.startswith("sm_")
         return LaunchConfig(
             splits=splits,
             block_m=16,
             block_n=64,
-            block_c=_at_most(64, channels),
-            block_score=_at_most(64, channels),
-            block_out=_at_most(64, channels),
+            block_c=_step(64, channels),
+            block_score=_step(64, channels),
+            block_out=_step(64, channels),
             precision="tf32x3" if is_cuda else "ieee",
             num_warps=4,
             num_stages=2 if is_cuda else 1,
+            max_registers=max_registers,
         )
-    # Of the tile sizes tried, these are the largest that spill on no target.
-    large = rows_each > 32
-    step = _at_most(64 if large else 128, channels)
+    # Of the tile sizes tried, the largest that spill nowhere: tests/test_kernel_resources.py.
+    if rows_each > 32:
+        return LaunchConfig(
+            splits=splits,
+            block_m=64,
+            block_n=64,
+            block_c=_step(64, channels),
+            block_score=_step(128, channels),
+            block_out=_step(64 if target in ("sm_86", "sm_89") else 128, channels),
+            precision="tf32",
+            num_warps=8,
+            num_stages=2,
+            max_registers=max_registers,
+        )
+    step = _step(256, channels)
     return LaunchConfig(
         splits=splits,
-        block_m=64 if large else 16,
+        block_m=16,
         block_n=64,
         block_c=step,
         block_score=step,
         block_out=step,
         precision="tf32",
-        num_warps=8 if large else 4,
+        num_warps=4,
         num_stages=2,
+        max_registers=max_registers,
     )
 
 
@@ -113,9 +157,11 @@ def target_obstacle(target: str) -> str | None:
     return None
 
 
-def _at_most(limit: int, channels: int) -> int:
-    """The largest power of two that wastes nothing on `channels`, at most `limit`, at least 32."""
+def _step(limit: int, channels: int) -> int:
+    """Channels a step: a power of two that divides `channels`, or wastes little; 32 to `limit`."""
     block = limit
+    while block > 64 and channels % block:
+        block //= 2
     while block > 32 and block // 2 >= channels:
         block //= 2
     return block

@@ -21,13 +21,13 @@ def power_of_two_scale(largest):
 
 @triton.jit
 def neighbour_weight(
-    similarities, attention, threshold, last,
-    N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    similarities, attention, threshold, last, num_tiles,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Total attention of each centre's neighbours: -> [BM]."""
     places = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for tile in range(tl.cdiv(N, BLOCK_N)):
+    for tile in range(num_tiles):
         tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
         cosines = tl.load(similarities + tile * BLOCK_M * BLOCK_N + places)  # [BM, BN]
         mask = neighbour_mask(cosines, tokens, threshold, last)
@@ -38,8 +38,8 @@ def neighbour_weight(
 @triton.jit
 def store_weights(
     weights, similarities, attention, left, threshold, last, scale, is_centre, is_supplement,
-    supplement_scale,
-    N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    supplement_scale, num_tiles,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Scaled weight of every token in every row, to scratch [tiles, BM, BN].
 
@@ -47,7 +47,7 @@ def store_weights(
     to tiles with 0; threshold, last, scale, is_centre, is_supplement: [BM].
     """
     places = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    for tile in range(tl.cdiv(N, BLOCK_N)):
+    for tile in range(num_tiles):
         tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
         cosines = tl.load(similarities + tile * BLOCK_M * BLOCK_N + places)  # [BM, BN]
         is_merged = neighbour_mask(cosines, tokens, threshold, last) & is_centre[:, None]
@@ -60,12 +60,12 @@ def store_weights(
 
 @triton.jit
 def store_supplement_weights(
-    weights, left, is_supplement, supplement_scale,
-    N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    weights, left, is_supplement, supplement_scale, num_tiles,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """`store_weights` where centres stay as they are."""
     places = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    for tile in range(tl.cdiv(N, BLOCK_N)):
+    for tile in range(num_tiles):
         tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
         rest = tl.load(left + tokens) * supplement_scale  # [BN]
         weight = tl.where(is_supplement[:, None], rest[None, :], 0.0)  # [BM, BN]
@@ -75,7 +75,7 @@ def store_supplement_weights(
 
 @triton.jit
 def weighted_rows(
-    weights, patches, start,
+    weights, patches, start, num_tiles,
     STRIDE_N: tl.constexpr, STRIDE_C: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_OUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -83,7 +83,7 @@ def weighted_rows(
     places = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     channels = start + tl.arange(0, BLOCK_OUT)  # [BO]
     sums = tl.zeros((BLOCK_M, BLOCK_OUT), tl.float32)
-    for tile in range(tl.cdiv(N, BLOCK_N)):
+    for tile in range(num_tiles):
         weight = tl.load(weights + tile * BLOCK_M * BLOCK_N + places)  # [BM, BN]
         rows = tile_rows(patches, tile, tl.arange(0, BLOCK_N), STRIDE_N, N, BLOCK_N)  # [BN]
         patch_ptrs = rows[:, None] + channels[None, :] * STRIDE_C  # [BN, BO]

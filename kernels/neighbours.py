@@ -18,7 +18,7 @@ _LIMIT = tl.constexpr(1.5)
 
 @triton.jit
 def store_similarities(
-    centres, patch_keys, inverse_norms, similarities, guesses,
+    centres, patch_keys, inverse_norms, similarities, guesses, num_tiles,
     STRIDE_N: tl.constexpr, STRIDE_C: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -32,7 +32,7 @@ def store_similarities(
     own_rows = patch_keys + centres.to(tl.int64) * STRIDE_N  # [BM]
     own_norms = tl.load(inverse_norms + centres)  # [BM]
     best = tl.full((BLOCK_M, BLOCK_N), -_LIMIT, tl.float32)
-    for tile in range(tl.cdiv(N, BLOCK_N)):
+    for tile in range(num_tiles):
         tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
         own_ptrs = own_rows[:, None] + channels[None, :] * STRIDE_C  # [BM, BC]
         key_ptrs = tile_rows(patch_keys, tile, tl.arange(0, BLOCK_N), STRIDE_N, N, BLOCK_N)[None, :]
@@ -63,21 +63,22 @@ def store_similarities(
 
 @triton.jit
 def count_at_least(
-    similarities, threshold,
-    N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    similarities, threshold, is_open, num_tiles,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """How many similarities of each row reach its threshold: -> [BM]."""
+    """How many similarities of each row reach its threshold: -> [BM]. Reads the open rows only."""
     places = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     counts = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    for tile in range(tl.cdiv(N, BLOCK_N)):
-        cosines = tl.load(similarities + tile * BLOCK_M * BLOCK_N + places)  # [BM, BN]
+    for tile in range(num_tiles):
+        cosine_ptrs = similarities + tile * BLOCK_M * BLOCK_N + places
+        cosines = tl.load(cosine_ptrs, mask=is_open[:, None], other=0.0)  # [BM, BN]
         counts += (cosines >= threshold[:, None]).to(tl.int32)
     return tl.sum(counts, 1)
 
 
 @triton.jit
 def kth_largest(
-    similarities, guesses, is_row, count,
+    similarities, guesses, is_row, count, num_tiles,
     N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A threshold for each row that `count` similarities or, with ties at it, more reach.
@@ -100,7 +101,9 @@ def kth_largest(
     probe = tl.minimum(tl.maximum(probe, low + 1), high - 1)
     turn = tl.zeros((), tl.int32)
     while num_open > 0:
-        reached = count_at_least(similarities, from_ordered_bits(probe), N, BLOCK_M, BLOCK_N)
+        reached = count_at_least(
+            similarities, from_ordered_bits(probe), is_open, num_tiles, BLOCK_M, BLOCK_N
+        )
         is_enough = is_open & (reached >= count)
         is_short = is_open & (reached < count)
         low = tl.where(is_enough, probe, low)
@@ -127,7 +130,7 @@ def neighbour_mask(cosines, tokens, threshold, last):
 
 @triton.jit
 def last_tied(
-    similarities, threshold, reached, is_row, count,
+    similarities, threshold, reached, is_row, count, num_tiles,
     N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Of the tokens at the threshold, the highest index that still counts: -> [BM].
@@ -142,7 +145,7 @@ def last_tied(
     while num_open > 0:
         middle = (low + high) >> 1  # [BM]
         counts = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-        for tile in range(tl.cdiv(N, BLOCK_N)):
+        for tile in range(num_tiles):
             tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
             cosines = tl.load(similarities + tile * BLOCK_M * BLOCK_N + places)  # [BM, BN]
             counts += neighbour_mask(cosines, tokens, threshold, middle).to(tl.int32)

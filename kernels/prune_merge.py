@@ -65,6 +65,8 @@ def prune_merge_kernel(
 ):  # fmt: skip
     """See `prune_merge`; merge is "sum", "average" or "none"."""
     TILES: tl.constexpr = tl.cdiv(N, BLOCK_N) * BLOCK_N
+    # The grid has no third axis, which the compiler does not know: unrolled loops would spill.
+    num_tiles = tl.cdiv(N, BLOCK_N) * tl.num_programs(2)
     split = tl.program_id(1)
     splits = tl.num_programs(1)
     program = (tl.program_id(0) * splits + split).to(tl.int64)
@@ -88,7 +90,7 @@ def prune_merge_kernel(
 
     # ---- step 1: scores and norms
     score_patches(
-        image_query, stride_qc, patch_keys, scores, inverse_norms,
+        image_query, stride_qc, patch_keys, scores, inverse_norms, num_tiles,
         STRIDE_KN, STRIDE_KC, N, C, BLOCK_N, BLOCK_SCORE, TENSOR_CORES,
     )  # fmt: skip
     own_score = class_token_score(image_query, stride_qc, image_keys, STRIDE_KC, C, C_PAD)
@@ -146,26 +148,26 @@ def prune_merge_kernel(
             row_unscale = tl.where(is_centre, unscale, supplement_unscale)
             if MERGE == "none":
                 store_supplement_weights(
-                    weights, left, is_supplement, supplement_scale, N, BLOCK_M, BLOCK_N
+                    weights, left, is_supplement, supplement_scale, num_tiles, BLOCK_M, BLOCK_N
                 )
             else:
                 store_similarities(
-                    own, patch_keys, inverse_norms, similarities, guesses,
+                    own, patch_keys, inverse_norms, similarities, guesses, num_tiles,
                     STRIDE_KN, STRIDE_KC, N, C, BLOCK_M, BLOCK_N, BLOCK_C, PRECISION,
                 )  # fmt: skip
                 tl.debug_barrier()
                 threshold, reached = kth_largest(
-                    similarities, guesses, is_centre, neighbours, N, BLOCK_M, BLOCK_N
+                    similarities, guesses, is_centre, neighbours, num_tiles, N, BLOCK_M, BLOCK_N
                 )
                 last = last_tied(
-                    similarities, threshold, reached, is_centre, neighbours,
+                    similarities, threshold, reached, is_centre, neighbours, num_tiles,
                     N, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
                 row_scale = tl.zeros((BLOCK_M,), tl.float32) + scale
                 if MERGE == "average":
                     own_attention = tl.load(attention_words + own)  # [BM]
                     total = own_attention + neighbour_weight(
-                        similarities, attention_words, threshold, last, N, BLOCK_M, BLOCK_N
+                        similarities, attention_words, threshold, last, num_tiles, BLOCK_M, BLOCK_N
                     )
                     is_weightless = total == 0
                     row_scale = tl.where(is_weightless, 0.0, 1.0 / total)
@@ -174,14 +176,14 @@ def prune_merge_kernel(
                     row_unscale = tl.where(is_centre, 1.0, supplement_unscale)
                 store_weights(
                     weights, similarities, attention_words, left, threshold, last, row_scale,
-                    is_centre, is_supplement, supplement_scale, N, BLOCK_M, BLOCK_N,
+                    is_centre, is_supplement, supplement_scale, num_tiles, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
             tl.debug_barrier()
             own_rows = patches + own.to(tl.int64) * STRIDE_YN  # [BM]
             for start in range(0, C, BLOCK_OUT):
                 channels = start + tl.arange(0, BLOCK_OUT)  # [BO]
                 sums = weighted_rows(
-                    weights, patches, start,
+                    weights, patches, start, num_tiles,
                     STRIDE_YN, STRIDE_YC, N, C, BLOCK_M, BLOCK_N, BLOCK_OUT, PRECISION,
                 )  # fmt: skip
                 inside = (channels < C)[None, :]
@@ -309,6 +311,8 @@ def launch_arguments(
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
     }
+    if launch.max_registers is not None:
+        named["maxnreg"] = launch.max_registers
     return (tokens, lengths, kept, attention), positional, named
 
 

@@ -17,7 +17,7 @@ def class_token_score(query, stride_qc, keys, stride_kc, C: tl.constexpr, C_PAD:
 
 @triton.jit
 def score_patches(
-    query, stride_qc, patch_keys, scores, inverse_norms,
+    query, stride_qc, patch_keys, scores, inverse_norms, num_tiles,
     STRIDE_N: tl.constexpr, STRIDE_C: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     TENSOR_CORES: tl.constexpr,
@@ -26,7 +26,7 @@ def score_patches(
 
     query: row [C]; patch_keys: first of N rows [C]; scores, inverse_norms: [N], padded to tiles.
     """
-    for tile in range(tl.cdiv(N, BLOCK_N)):
+    for tile in range(num_tiles):
         tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
         if TENSOR_CORES:
             dots, squares = _tile_by_products(

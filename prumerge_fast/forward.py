@@ -13,13 +13,22 @@ from prumerge_fast.adapters.base import PLACEHOLDERS_ATTRIBUTE, Adapter, ImageTo
 from prumerge_fast.prompt import (
     Placeholders,
     PromptLayout,
-    padding_side,
+    padding_of,
     remember_layout,
     remembered_layout,
     shrink_prompt,
 )
 from prumerge_fast.versions import image_features_output
 
+# Arguments that describe the caller's prompt and cannot be shrunk, and what to do about it.
+_PACKED = "pass position_ids, which shrink with the prompt"
+_NOT_WITH_IMAGES = {
+    "shift_labels": "pass labels, which shrink with the prompt",
+    "cu_seq_lens_q": _PACKED,
+    "cu_seq_lens_k": _PACKED,
+    "max_length_q": _PACKED,
+    "max_length_k": _PACKED,
+}
 # Types of tokens, which padding has none of.
 _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
@@ -51,19 +60,21 @@ def forward(
     arguments = named_arguments(original, *args, **kwargs)
     images = take_images(adapter, arguments)
     cache = arguments.get("past_key_values")
+    layout = remembered_layout(cache)
+    if layout is None:
+        check_no_placeholders(model, adapter, arguments.get("input_ids"), images)
     if adapter.has_images(images):
         check_cache_is_empty(cache)
         return _forward_with_images(model, adapter, original, arguments, images)
-    layout = remembered_layout(cache)
     if layout is not None:
         _continue_prompt(arguments, layout)
     return original(**arguments)
 
 
 def get_features(
+    modality: str,
     model: Any,
     adapter: Adapter,
-    modality: str,
     original: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -95,7 +106,8 @@ def get_features(
 
 def take_images(adapter: Adapter, arguments: dict[str, Any]) -> dict[str, Any]:
     """Remove the arguments that describe images and return them."""
-    return {name: arguments.pop(name) for name in adapter.image_arguments if name in arguments}
+    images = {name: arguments.pop(name) for name in adapter.image_arguments if name in arguments}
+    return adapter.renamed(images)
 
 
 def check_cache_is_empty(cache: Any) -> None:
@@ -131,6 +143,7 @@ def lay_out_prompt(
     attention_mask: Tensor | None,
     encoded: Mapping[str, ImageTokens],
     side: Literal["left", "right"],
+    last_columns: int = 0,
 ) -> PromptLayout:
     """`shrink_prompt` for these images and videos, padded on `side`."""
     visual = [
@@ -142,7 +155,9 @@ def lay_out_prompt(
         )
         for modality, tokens in encoded.items()
     ]
-    return shrink_prompt(input_ids, attention_mask, visual, padding_side=side)
+    return shrink_prompt(
+        input_ids, attention_mask, visual, padding_side=side, last_columns=last_columns
+    )
 
 
 def embed_prompt(
@@ -202,6 +217,37 @@ def _check_shape(name: str, value: Any, input_ids: Tensor) -> None:
     raise ValueError(f"{name}: expected the shape of input_ids, {list(input_ids.shape)}, got {got}")
 
 
+def check_no_placeholders(
+    model: Any, adapter: Adapter, input_ids: Any, images: Mapping[str, Any]
+) -> None:
+    """Raise `ValueError` if an empty batch of images comes with placeholders of images."""
+    if not isinstance(input_ids, Tensor):
+        return
+    for modality, pixels in adapter.pixels.items():
+        if images.get(pixels) is None or len(images[pixels]) > 0:
+            continue
+        tokens = int((input_ids == adapter.placeholder_id(model, modality)).sum())
+        if tokens:
+            raise ValueError(
+                f"{modality.capitalize()} features and {modality} tokens do not match: input_ids "
+                f"holds {tokens} {modality} tokens, and {pixels} no {modality}"
+            )
+
+
+def _check_packing(arguments: dict[str, Any], layout: PromptLayout) -> None:
+    """Raise `ValueError` if padding comes into packed rows, known as such by having no mask."""
+    positions = arguments.get("position_ids")
+    if (
+        positions is not None
+        and (positions.diff(dim=-1) < 0).any()
+        and layout.mask(None) is not None
+    ):
+        raise ValueError(
+            "position_ids: expected no row of several sequences where rows lose unequal numbers of "
+            "image tokens, since padding would join its sequences; pack into one row, or set keep"
+        )
+
+
 def _forward_with_images(
     model: Any,
     adapter: Adapter,
@@ -217,15 +263,19 @@ def _forward_with_images(
             "logits_to_keep: expected an int (the last positions) together with images on a "
             "patched model, whose logits have the length of the shrunk prompt, got indices"
         )
-    if arguments.get("shift_labels") is not None:
-        raise ValueError(
-            "shift_labels: expected None together with images on a patched model; pass labels, "
-            "which shrink with the prompt"
-        )
+    for name, instead in _NOT_WITH_IMAGES.items():
+        if arguments.get(name) is not None:
+            raise ValueError(
+                f"{name}: expected None together with images on a patched model; {instead}"
+            )
     encoded = encode_images(model, adapter, images)
-    layout = lay_out_prompt(
-        model, adapter, input_ids, attention_mask, encoded, padding_side(attention_mask)
-    )
+    side, last_columns = padding_of(attention_mask)
+    logits_to_keep = arguments.get("logits_to_keep", 0)
+    if logits_to_keep:  # the caller's last columns
+        side, last_columns = "left", max(last_columns, logits_to_keep)
+    layout = lay_out_prompt(model, adapter, input_ids, attention_mask, encoded, side, last_columns)
+    if attention_mask is None:
+        _check_packing(arguments, layout)
     arguments["inputs_embeds"] = embed_prompt(
         model, adapter, layout, input_ids, attention_mask, encoded
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 from prumerge_fast.adapters.base import Adapter
 from prumerge_fast.forward import (
     check_cache_is_empty,
+    check_no_placeholders,
     check_prompt,
     embed_prompt,
     encode_images,
@@ -43,7 +44,8 @@ _COUNT_POSITIONS = {
     "MinNewTokensLengthLogitsProcessor",
     "SuppressTokensAtBeginLogitsProcessor",
 }
-# Options that transformers does not combine with embeddings as the prompt.
+# Options that transformers does not combine with embeddings as the prompt, or that count what a
+# cache holds of it.
 _UNSUPPORTED = {
     "assistant_model": "assisted decoding",
     "assistant_early_exit": "assisted decoding",
@@ -129,6 +131,8 @@ def generate(
     layout = remembered_layout(cache)
     if layout is not None:
         return _generate_later_turn(model, adapter, original, arguments, layout)
+    prompt = arguments.get("input_ids", arguments.get("inputs"))
+    check_no_placeholders(model, adapter, prompt, images)
     if not adapter.has_images(images):
         return original(**arguments)
     check_cache_is_empty(cache)
@@ -163,6 +167,7 @@ def _generate_later_turn(
     rows, length = input_ids.shape
     layout = layout.for_rows(rows)
     options = _resolved_options(model, original, arguments)
+    _check_options(options, arguments)
     attention_mask = arguments.pop("attention_mask", None)
     if attention_mask is None:
         attention_mask = _inferred_mask(options, input_ids)

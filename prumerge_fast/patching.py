@@ -1,8 +1,10 @@
 """`patch`, `unpatch` and `patched`: LLaVA-PruMerge on one model instance, and off it again.
 
-A patched instance gets a subclass of its own class, of the same name, whose `forward`, `generate`
-and `get_image_features` shrink the prompt. Nothing else changes, on the instance, its modules or
-anywhere in the process, so that undoing it is complete, and saving, copying and pickling work.
+A patched instance gets a subclass of its own class, of the same name, with the methods that its
+family's adapter overrides. Nothing else changes, on the instance, its modules or anywhere in the
+process, so that undoing it is complete, and saving, copying and pickling work.
+
+A model that PEFT wraps is patched inside its wrapper, which passes everything on.
 """
 
 from __future__ import annotations
@@ -14,11 +16,8 @@ from dataclasses import dataclass
 from types import MethodType
 from typing import Any, TypeVar
 
-import torch
-
-from prumerge_fast import forward as forward_pass
-from prumerge_fast import generation
 from prumerge_fast.adapters import adapter_for, adapter_for_class
+from prumerge_fast.adapters.base import Override
 from prumerge_fast.config import PruMergeConfig
 from prumerge_fast.dispatch import resolve_backend
 from prumerge_fast.errors import UnsupportedModelError
@@ -65,7 +64,7 @@ def patch(
     as do new images in a later turn that reuses the cache.
 
     Args:
-        model: A model of a supported family; its weights are not touched.
+        model: A model of a supported family, or PEFT's wrapper of one; its weights are not touched.
         config: The options; `None` for the defaults, or those the model is patched with.
         backend: `"auto"`, `"triton"`, `"torch"` or `"reference"`; `None` for `"auto"`, or the one
             that the model is patched with.
@@ -81,9 +80,9 @@ def patch(
         ValueError: A value is out of range.
         BackendUnavailableError: The backend was asked for by name and cannot run.
     """
-    adapter = adapter_for(model)
-    instance: Any = model
-    current = instance.prumerge if is_patched(model) else None
+    instance: Any = without_peft(model)
+    adapter = adapter_for(instance)
+    current = instance.prumerge if is_patched(instance) else None
     if config is None:
         config = PruMergeConfig() if current is None else current.config
     elif not isinstance(config, PruMergeConfig):
@@ -91,9 +90,9 @@ def patch(
     config = config.replace(**config_fields)
     if backend is None:
         backend = "auto" if current is None else current.backend
-    adapter.check(model)
-    config.budget(adapter.num_patches(model))  # raises when `keep` does not fit
-    resolve_backend(backend, instance.device)
+    adapter.check(instance)
+    config.budget(adapter.num_patches(instance))  # raises when `keep` does not fit
+    resolve_backend(backend, adapter.device(instance))
     if current is None:
         _check_methods(instance)
         _change_class(instance, _patched_class(instance.__class__))
@@ -109,20 +108,20 @@ def unpatch(model: Model) -> Model:
 
     Raises:
         ValueError: The model is not patched.
-        UnsupportedModelError: Its class, or `forward` or `generate` on the instance, was replaced
-            since.
+        UnsupportedModelError: Its class, or a method of the instance that `patch` overrides, was
+            replaced since.
     """
-    if not is_patched(model):
-        raise ValueError(f"model: expected a patched model, got a plain {type(model).__name__}")
-    if "_prumerge_base" not in vars(type(model)):
+    instance: Any = without_peft(model)
+    if not is_patched(instance):
+        raise ValueError(f"model: expected a patched model, got a plain {type(instance).__name__}")
+    if "_prumerge_base" not in vars(type(instance)):
         raise UnsupportedModelError(
             "model: its class was replaced after patching, which unpatching would undo as well; "
             "undo that first"
         )
-    instance: Any = model
     _check_methods(instance)
     del instance.prumerge
-    _change_class(instance, type(model)._prumerge_base)  # type: ignore[attr-defined]
+    _change_class(instance, type(instance)._prumerge_base)
     return model
 
 
@@ -138,8 +137,8 @@ def patched(
 
     Takes the arguments of `patch` and raises its errors.
     """
-    instance: Any = model
-    before = instance.prumerge if is_patched(model) else None
+    instance: Any = without_peft(model)
+    before = instance.prumerge if is_patched(instance) else None
     patch(model, config, backend=backend, **config_fields)
     try:
         yield model
@@ -153,8 +152,15 @@ def patched(
 
 
 def is_patched(model: object) -> bool:
-    """Whether `patch` was applied to this instance."""
-    return hasattr(type(model), "_prumerge_base")
+    """Whether `patch` was applied to this instance, or to the one inside PEFT's wrapper."""
+    return hasattr(type(without_peft(model)), "_prumerge_base")
+
+
+def without_peft(model: Any) -> Any:
+    """The model that PEFT wraps (`PeftModel`, `PeftMixedModel`); any other as it is."""
+    if any(cls.__name__ in ("PeftModel", "PeftMixedModel") for cls in type(model).__mro__):
+        return model.get_base_model()
+    return model
 
 
 @functools.cache
@@ -162,34 +168,12 @@ def _patched_class(base: Any) -> Any:
     """The subclass that patched instances of `base` have. Per class: instances hold the state."""
     adapter = adapter_for_class(base)
 
-    @functools.wraps(base.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        original = super(subclass, self).forward
-        return forward_pass.forward(self, adapter, original, args, kwargs)
-
-    @functools.wraps(base.generate)
-    @torch.no_grad()
-    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        original = super(subclass, self).generate
-        return generation.generate(self, adapter, original, args, kwargs)
-
-    def get_features(modality: str) -> Any:
-        name = f"get_{modality}_features"
-
+    def overriding(name: str, override: Override) -> Any:
         @functools.wraps(getattr(base, name))
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            original = getattr(super(subclass, self), name)
-            return forward_pass.get_features(self, adapter, modality, original, args, kwargs)
+            return override(self, adapter, getattr(super(subclass, self), name), args, kwargs)
 
         return method
-
-    def _get_logits_processor(self: Any, *args: Any, **kwargs: Any) -> Any:
-        original = super(subclass, self)._get_logits_processor
-        return generation.logits_processors(original, *args, **kwargs)
-
-    def _get_stopping_criteria(self: Any, *args: Any, **kwargs: Any) -> Any:
-        original = super(subclass, self)._get_stopping_criteria
-        return generation.stopping_criteria(original, *args, **kwargs)
 
     @functools.wraps(base.__init__)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -202,19 +186,12 @@ def _patched_class(base: Any) -> Any:
         _, _, *state = super(subclass, self).__reduce_ex__(protocol)
         return _new_patched, (base,), *state
 
-    methods: list[Any] = [
-        __init__,
-        forward,
-        generate,
-        *(get_features(kind) for kind in adapter.pixels if hasattr(base, f"get_{kind}_features")),
-        _get_logits_processor,
-        _get_stopping_criteria,
-        __reduce_ex__,
-    ]
     names = ("__module__", "__qualname__", "__doc__")
     namespace = {
         **{name: getattr(base, name) for name in names},
-        **{method.__name__: method for method in methods},
+        **{name: overriding(name, override) for name, override in adapter.overrides(base).items()},
+        "__init__": __init__,
+        "__reduce_ex__": __reduce_ex__,
         "_prumerge_base": base,
     }
     subclass: Any = type(base.__name__, (base,), namespace)
@@ -234,10 +211,11 @@ def _check_methods(model: Any) -> None:
             "model: its `forward` was replaced on the instance, which patching and unpatching "
             "would not reach; undo that first, and patch before wrapping"
         )
-    if "generate" in model.__dict__:
-        raise UnsupportedModelError(
-            "model: expected the `generate` of its class, but it was replaced on the instance"
-        )
+    for name in adapter_for(model).overrides(type(model)):
+        if name != "forward" and name in model.__dict__:
+            raise UnsupportedModelError(
+                f"model: expected the `{name}` of its class, but it was replaced on the instance"
+            )
 
 
 def _change_class(model: Any, cls: type[Any]) -> None:

@@ -41,10 +41,12 @@ class PromptLayout:
     Args:
         source: [B, S] int64, the caller's column that each position comes from; -1 for padding.
         length: Number of columns L of the caller's prompt. Later tokens correspond one to one.
+        gone: [B, 1] int64, tokens that each prompt lost, padding apart.
     """
 
     source: Tensor
     length: int
+    gone: Tensor
 
     @property
     def shrunk_length(self) -> int:
@@ -69,7 +71,8 @@ class PromptLayout:
             raise ValueError(
                 f"past_key_values: expected a cache of {rows} sequences, got one of {batch}"
             )
-        return PromptLayout(self.source.repeat_interleave(rows // batch, 0), self.length)
+        source, gone = (x.repeat_interleave(rows // batch, 0) for x in (self.source, self.gone))
+        return PromptLayout(source, self.length, gone)
 
     def ids(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """The shrunk prompt's ids [B, S + g], padded with the id that the caller padded with."""
@@ -124,10 +127,7 @@ class PromptLayout:
 
     def later_positions(self, position_ids: Tensor) -> Tensor:
         """Position ids [B or 1, q] of tokens behind the prompt, without the tokens gone: [B, q]."""
-        first = (self.source >= 0).int().argmax(1, keepdim=True)  # [B, 1]
-        tokens = self.length - self.source.gather(1, first)  # [B, 1], of the caller's
-        gone = tokens - (self.shrunk_length - first)
-        return position_ids - gone.to(position_ids.device)
+        return position_ids - self.gone.to(position_ids.device)
 
 
 def shrink_prompt(
@@ -136,6 +136,7 @@ def shrink_prompt(
     visual: Sequence[Placeholders],
     *,
     padding_side: Literal["left", "right"],
+    last_columns: int = 0,
 ) -> PromptLayout:
     """Lay out prompts in which each image has as many tokens as it has, in place of placeholders.
 
@@ -148,13 +149,14 @@ def shrink_prompt(
         attention_mask: [B, L] or None (no padding).
         visual: The images, the videos, or both.
         padding_side: Where shorter rows are filled up.
+        last_columns: Number of columns at the end that stay, padding or not.
 
     Raises:
         ValueError: Placeholders and images do not match, an image is cut by the end of a prompt,
             or nothing is left of one.
     """
     ids = input_ids.cpu()  # [B, L]
-    repeats = torch.ones_like(ids)  # [B, L]
+    repeats = torch.ones_like(ids, dtype=torch.int64)  # [B, L]
     is_visual = torch.zeros_like(ids, dtype=torch.bool)  # [B, L]
     for placeholders in visual:
         is_placeholder = ids == placeholders.token_id  # [B, L]
@@ -167,7 +169,9 @@ def shrink_prompt(
             "attention_mask: expected a token to attend to in each prompt, got none in prompt "
             f"{int((~real.any(1)).int().argmax())}"
         )
-    repeats *= _inside(real | is_visual)
+    stays = torch.arange(ids.shape[1]) >= ids.shape[1] - last_columns  # [L]
+    inside = _inside(real | is_visual | stays)  # [B, L]
+    repeats *= inside
 
     counts = repeats.sum(1)  # [B]
     width = int(counts.max())
@@ -181,14 +185,23 @@ def shrink_prompt(
     )
     source = torch.full(filled.shape, -1)
     source[filled] = columns.flatten().repeat_interleave(repeats.flatten())
-    return PromptLayout(source.to(input_ids.device), input_ids.shape[1])
+    gone = (inside.sum(1) - counts)[:, None]  # [B, 1]
+    return PromptLayout(source.to(input_ids.device), input_ids.shape[1], gone)
 
 
-def padding_side(attention_mask: Tensor | None) -> Literal["left", "right"]:
-    """The side that a mask pads on; left, where the last column is always a token, if neither."""
-    if attention_mask is None or bool((attention_mask[:, -1] != 0).all()):
-        return "left"
-    return "right"
+def padding_of(attention_mask: Tensor | None) -> tuple[Literal["left", "right"], int]:
+    """How to shrink a prompt without moving it: `padding_side` and `last_columns`.
+
+    Rows padded on the right begin in the first column, others end in the last: prompts padded on
+    the left, with answers padded on the right behind them, too, whose columns stay.
+    """
+    if attention_mask is None or not attention_mask.numel():
+        return "left", 0
+    real = (attention_mask != 0).cpu()  # [B, L]
+    trailing = int((real.flip(1).cumsum(1) == 0).sum(1).max())
+    if trailing and bool(real[:, 0].all()):
+        return "right", 0
+    return "left", trailing
 
 
 def remember_layout(cache: Any, layout: PromptLayout) -> None:

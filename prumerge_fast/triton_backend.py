@@ -19,6 +19,7 @@ from prumerge_fast.output import MergedTokens
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MOST_PATCHES = 16384  # counts of two searches share 32 bits
+_AUTOTUNE = "PRUMERGE_FAST_AUTOTUNE"  # environment variable
 _NO_BUDGET = -1  # operators take the budget as a plain `int`
 
 
@@ -65,12 +66,17 @@ def triton_obstacle(
     device: torch.device, dtype: torch.dtype | None = None, num_patches: int | None = None
 ) -> str | None:
     """Why the kernel cannot run for such tensors, in words for a person; `None` when it can."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install triton; it exists for Linux)"
     if dtype is not None and dtype not in _DTYPES:
         return f"the Triton kernel takes float16, bfloat16 or float32, not {dtype}"
     if num_patches is not None and num_patches > _MOST_PATCHES:
         return f"the Triton kernel takes at most {_MOST_PATCHES} patch tokens, not {num_patches}"
+    return _device_obstacle(device)
+
+
+@torch.compiler.assume_constant_result  # it asks for modules and drivers, which cannot be traced
+def _device_obstacle(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton; it exists for Linux)"
     if device.type == "cpu":
         if _interprets() or getattr(_active_driver(), "accepts_cpu_tensors", False):
             return None
@@ -130,28 +136,48 @@ def _prune_merge(
     supplement: bool,
     order: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from prumerge_fast.kernels.launch_config import choose_launch
+    from prumerge_fast.kernels import launch_config
     from prumerge_fast.kernels.prune_merge import prune_merge
 
     batch, rows, channels = keys.shape
     plus = variant == "prumerge+"
-    # Real photographs keep about an eighth of their tokens, with PruMerge+ about half.
-    typical = (rows - 1) // (2 if plus else 8) if budget == _NO_BUDGET else budget
-    return prune_merge(
-        query,
-        keys,
-        hidden,
-        budget=None if budget == _NO_BUDGET else budget,
-        plus=plus,
-        neighbours=neighbours,
-        fence=fence,
-        merge=merge,
-        supplement=supplement,
-        raster=order == "raster",
-        launch=choose_launch(
-            batch, rows - 1, channels, typical + supplement, keys.dtype, launch_target(keys.device)
-        ),
-    )
+    # Heavy-tailed attention keeps an eleventh to a seventh of the tokens, with PruMerge+ about
+    # half. Guess low: a program too many repeats the scoring of every image, one too few takes a
+    # second tile in those that keep more.
+    typical = (rows - 1) // (2 if plus else 11) if budget == _NO_BUDGET else budget
+    options = {
+        "budget": None if budget == _NO_BUDGET else budget,
+        "plus": plus,
+        "neighbours": neighbours,
+        "fence": fence,
+        "merge": merge,
+        "supplement": supplement,
+        "raster": order == "raster",
+    }
+
+    def run(launch: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return prune_merge(query, keys, hidden, launch=launch, **options)
+
+    target = launch_target(keys.device)
+    shape = (batch, rows - 1, channels, typical + supplement, keys.dtype, target)
+    if _autotunes() and batch > 0 and not _is_capturing(keys.device):
+        from prumerge_fast.kernels.autotune import fastest
+
+        key = (*shape, keys.device, *options.values())
+        return run(fastest(key, launch_config.launch_candidates(*shape), run))
+    return run(launch_config.choose_launch(*shape))
+
+
+def _autotunes() -> bool:
+    value = os.environ.get(_AUTOTUNE, "0")
+    if value not in ("0", "1"):
+        raise ValueError(f"{_AUTOTUNE}: expected 0 or 1, got {value!r}")
+    return value == "1"
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph records what runs; nothing can be timed then."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @_prune_merge.register_fake

@@ -19,17 +19,20 @@ from prumerge_fast.versions import clip_transformer, run_encoder_layer
 
 def check_tower(tower: Any) -> None:
     """Raise `UnsupportedModelError` unless `tower` is a CLIP vision tower of transformers."""
+    check_class(tower, "CLIPVisionModel")
+
+
+def check_class(tower: Any, expected: str) -> None:
+    """Raise `UnsupportedModelError` unless the tower's class or a base of it is called so."""
     name = type(tower).__name__
-    if any(cls.__name__ == "CLIPVisionModel" for cls in type(tower).__mro__):
+    if any(cls.__name__ == expected for cls in type(tower).__mro__):
         return
     reason = (
         "has no class token, whose attention PruMerge ranks patches by"
         if "siglip" in name.lower() or "pixtral" in name.lower()
         else "is not known"
     )
-    raise UnsupportedModelError(
-        f"vision tower: expected a CLIPVisionModel, got {name}, which {reason}"
-    )
+    raise UnsupportedModelError(f"vision tower: expected a {expected}, got {name}, which {reason}")
 
 
 def num_patches(tower: Any) -> int:
@@ -54,24 +57,31 @@ def reading_layer(tower: Any, feature_layer: object) -> int:
 
 def _layer_indices(tower: Any, feature_layer: object) -> list[int]:
     """Indices 0 .. L-1 into `hidden_states`, one or several."""
-    several = isinstance(feature_layer, (list, tuple))
-    chosen: Any = feature_layer if several else [feature_layer]
-    expected = "vision_feature_layer: expected an int or several"
-    if not chosen or any(isinstance(s, bool) or not isinstance(s, int) for s in chosen):
+    layers, name = len(clip_transformer(tower).encoder.layers), "vision_feature_layer"
+    if not isinstance(feature_layer, (list, tuple)):
+        return [layer_index(layers, feature_layer, name)]
+    if not feature_layer:
+        raise UnsupportedModelError(f"{name}: expected an int or several, got {feature_layer!r}")
+    return [layer_index(layers, one, f"{name}[{i}]") for i, one in enumerate(feature_layer)]
+
+
+def layer_index(layers: int, feature_layer: object, name: str) -> int:
+    """`reading_layer` for a tower of so many layers; errors call the option `name`."""
+    expected = f"{name}: expected one int"
+    if isinstance(feature_layer, bool) or not isinstance(feature_layer, int):
         raise UnsupportedModelError(f"{expected}, got {feature_layer!r}")
-    layers = len(clip_transformer(tower).encoder.layers)
-    indices = [s if s >= 0 else layers + 1 + s for s in chosen]
-    if layers in indices:
+    index = feature_layer if feature_layer >= 0 else layers + 1 + feature_layer
+    if index == layers:
         raise UnsupportedModelError(
             f"{expected} below the last layer, got {feature_layer}: no layer reads the output of "
             f"the last of {layers} layers, so it has no queries and keys"
         )
-    if not all(0 <= index < layers for index in indices):
+    if not 0 <= index < layers:
         raise UnsupportedModelError(
             f"{expected} from {-layers - 1} to {layers - 1}, without -1, for a tower of {layers} "
             f"layers, got {feature_layer}"
         )
-    return indices
+    return index
 
 
 def query_keys_hidden(
@@ -79,7 +89,8 @@ def query_keys_hidden(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Features of the images, and the query and keys that PruMerge scores them with.
 
-    Modules are called, never their weights, so that LoRA, quantised layers and offloading work.
+    Modules are called, never their weights, so that LoRA, quantised layers and offloading of single
+    modules work.
 
     Args:
         tower: A CLIP vision tower (`check_tower`) of width C.
@@ -93,7 +104,7 @@ def query_keys_hidden(
         keys are those of the layer that reads the deepest.
 
     Raises:
-        UnsupportedModelError: No layer reads `feature_layer`.
+        UnsupportedModelError: No layer reads `feature_layer`, or its weights are offloaded with it.
         ValueError: The images have the wrong size.
     """
     transformer = clip_transformer(tower)
@@ -106,12 +117,23 @@ def query_keys_hidden(
         if index in indices:
             states[index] = state
     reader = transformer.encoder.layers[deepest]
+    _check_weights(reader.self_attn.k_proj, deepest)
     normed = reader.layer_norm1(state)  # [B, 1+N, C]
     keys = reader.self_attn.k_proj(normed)  # [B, 1+N, C]
     query = reader.self_attn.q_proj(normed[:, 0])  # [B, C]
     hidden = torch.cat([states[index] for index in indices], dim=-1)  # [B, 1+N, S * C]
     # Under autocast, projections come out in half precision and the residual stream does not.
-    return query.to(hidden.dtype), keys.to(hidden.dtype), hidden
+    return query.to(hidden), keys.to(hidden), hidden
+
+
+def _check_weights(projection: Any, index: int) -> None:
+    """Raise if a hook on the layer around a projection would have to bring its weights."""
+    is_away = any(parameter.is_meta for parameter in projection.parameters())
+    if is_away and not hasattr(projection, "_hf_hook"):
+        raise UnsupportedModelError(
+            f"vision tower: layer {index}, of which only queries and keys are run, is offloaded as "
+            "a whole; keep it on its device, or offload its modules one by one"
+        )
 
 
 def encode(model: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,5 +152,7 @@ def encode(model: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             PruMerge does not work with.
     """
     from prumerge_fast.adapters import adapter_for  # the families import this module
+    from prumerge_fast.patching import without_peft
 
+    model = without_peft(model)
     return adapter_for(model).query_keys_hidden(model, {"pixel_values": pixel_values})

@@ -24,6 +24,8 @@ CONFIGS = {
     "budget-average": PruMergeConfig(keep=7, neighbours=6, merge="average", order="raster"),
     "plus-budget": PruMergeConfig(variant="prumerge+", keep=9, neighbours=1, supplement=False),
     "none": PruMergeConfig(merge="none", fence=0.25),
+    # Two tiles of rows in one program: the second must wait for the first.
+    "plus-none": PruMergeConfig(variant="prumerge+", merge="none", fence=0.25),
     "everything": PruMergeConfig(keep=1.0, neighbours=1000, merge="average"),
 }
 
@@ -44,6 +46,14 @@ def random_inputs(
     keys[:, 1::7] += 0.5 * query[:, None]
     hidden = normal(batch, 1 + num_patches, channels)
     return query.to(dtype), keys.to(dtype), hidden.to(dtype)
+
+
+def tied_inputs(dtype: torch.dtype) -> Inputs:
+    """Keys of small integers, every product and sum exact, so that equal keys tie exactly."""
+    query, keys, hidden = random_inputs(1, 24, 32, dtype)
+    keys = (keys.float() * 2).round().to(dtype)
+    keys[:, 9:17] = keys[:, 1:9]
+    return query, keys, hidden
 
 
 def golden(name: str) -> tuple[Inputs, dict[str, np.ndarray]]:
@@ -80,3 +90,14 @@ def assert_like_torch(inputs: Inputs, config: PruMergeConfig, dtype: torch.dtype
     for tokens, length in zip(found.tokens, found.lengths.tolist(), strict=True):
         assert not tokens[length:].any()
     return found
+
+
+def assert_like_torch_but_not_finite(inputs: Inputs, config: PruMergeConfig) -> None:
+    """`assert_like_torch` for a batch of two float16 images of which the first is not finite."""
+    expected = prune_merge(*(tensor.float() for tensor in inputs), config, backend="torch")
+    found = prune_merge(*inputs, config, backend="triton")
+    assert torch.equal(found.kept, expected.kept)
+    assert torch.equal(found.attention.isnan(), expected.attention.isnan())
+    assert relative_error(found.tokens[1], expected.tokens[1]) < TOLERANCE[torch.float16]
+    for tokens, length in zip(found.tokens, found.lengths.tolist(), strict=True):
+        assert not tokens[length:].any()  # NaN counts as any

@@ -6,6 +6,20 @@ import ptxemu
 import torch
 from prumerge_fast.kernels.launch_config import LaunchConfig
 from prumerge_fast.kernels.prune_merge import launch_arguments, prune_merge_kernel
+from triton import knobs
+
+# Shared memory that one program may use, in bytes (CUDA C++ Programming Guide, "Technical
+# Specifications per Compute Capability"; CDNA 3 has 64 KiB of LDS).
+SHARED_MEMORY = {
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024,
+}
+TARGETS = tuple(SHARED_MEMORY)
 
 
 def resources_of(
@@ -27,5 +41,9 @@ def resources_of(
     _, positional, named = launch_arguments(
         query, keys, hidden, **{**defaults, **options}, launch=launch
     )
-    found = ptxemu.compile_resources(prune_merge_kernel, *positional, targets=(target,), **named)
+    with knobs.compilation.scope():
+        knobs.compilation.disable_line_info = True  # debug sections are no code
+        found = ptxemu.compile_resources(
+            prune_merge_kernel, *positional, targets=(target,), **named
+        )
     return next(iter(found.values()))

@@ -543,6 +543,8 @@ def test_later_turns_that_cannot_go_on(model: LlavaForConditionalGeneration) -> 
     with pytest.raises(ValueError, match="expected the whole conversation"):
         model.generate(ids, attention_mask=ones, past_key_values=cache)
     text = conversation(first.sequences, mask, [[40]] * 4)
+    with pytest.raises(ValueError, match="prompt_lookup_num_tokens: assisted decoding"):
+        model.generate(**text, past_key_values=cache, prompt_lookup_num_tokens=2)
     assert model.generate(**text, past_key_values=cache, max_new_tokens=2).shape[1] == LENGTH + 6
 
     prefix = model.generate(torch.tensor([PROMPTS[3]]), **options)

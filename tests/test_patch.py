@@ -270,6 +270,16 @@ def test_accelerate_hooks(first: str, removed_first: str) -> None:
     assert same(before, snapshot(model))
 
 
+def test_layers_offloaded_as_a_whole_are_refused() -> None:
+    """Queries and keys are taken past the hook that would load their weights."""
+    accelerate = pytest.importorskip("accelerate")
+    model = accelerate.cpu_offload(
+        tiny_llava(), torch.device("cpu"), preload_module_classes=["CLIPEncoderLayer"]
+    )
+    with pytest.raises(UnsupportedModelError, match=r"layer 3, .* is offloaded as a whole"):
+        logits(patch(model))
+
+
 def test_methods_replaced_on_the_instance_are_refused() -> None:
     model = tiny_llava()
     model.forward = lambda *args, **kwargs: None

@@ -215,6 +215,10 @@ def test_no_images_in_a_batch_of_images(
     for empty in (PIXELS[:0], []):
         assert torch.equal(model(**text, pixel_values=empty).logits, plain(**text).logits)
         model.generate(**text, pixel_values=empty, max_new_tokens=2)
+        of_one = {"input_ids": torch.tensor(PROMPTS[:1]), "pixel_values": empty}
+        for call in (model, model.generate):
+            with pytest.raises(ValueError, match=r"do not match.*25 image tokens, .* no image"):
+                call(**of_one)
 
 
 @torch.no_grad()
@@ -286,6 +290,68 @@ def test_last_logits_only(model: LlavaForConditionalGeneration) -> None:
     assert torch.equal(model(**inputs, logits_to_keep=3).logits, model(**inputs).logits[:, -3:])
 
 
+@pytest.mark.parametrize("logits_to_keep", [0, 3])
+@torch.no_grad()
+def test_answers_padded_on_the_right_of_prompts(
+    plain: LlavaForConditionalGeneration, logits_to_keep: int
+) -> None:
+    """As when rewards are learnt: prompts padded on the left, answers on the right."""
+    rows = [prompt([30], "image", [31] * 3), prompt([5], "image", [8]), prompt("image", [4] * 9)]
+    answers = batch([[40, 41], [50], [60, 61]], "right")  # without BOS
+    inputs = {name: torch.cat([value, answers[name]], 1) for name, value in batch(rows).items()}
+    inputs["pixel_values"] = PIXELS[:3]
+    options = {"logits_to_keep": logits_to_keep}
+    mask = inputs["attention_mask"][:, -logits_to_keep:].bool()
+    expected = plain(**inputs, **options).logits
+    everything = patch(tiny_llava(), **EVERYTHING)(**inputs, **options).logits
+    assert torch.equal(everything[mask], expected[mask])
+    pruned = patch(tiny_llava())(**inputs, **options).logits[:, -3:]
+    oracle = Oracle(plain, PruMergeConfig())
+    for row, (ids, answer) in enumerate(zip(rows, ([40, 41], [50], [60, 61]), strict=True)):
+        logits = oracle.logits([*ids, *answer], PIXELS[row : row + 1])[-len(answer) - 1 :]
+        close(pruned[row, : len(answer) + 1], logits)
+
+
+@torch.no_grad()
+def test_packed_rows(
+    plain: LlavaForConditionalGeneration, model: LlavaForConditionalGeneration
+) -> None:
+    """Sequences of a row are told apart by positions that begin anew."""
+    parts = [prompt([30], "image", [31] * 3), prompt("image", [4, 5, 6, 7])]
+    ids = torch.tensor([parts[0] + parts[1]])
+    positions = torch.tensor([[*range(len(parts[0])), *range(len(parts[1]))]])
+    pixels = images(4, seed=3)
+    logits = model(ids, pixel_values=pixels[:2], position_ids=positions, use_cache=False).logits
+    expected = Oracle(plain, PruMergeConfig()).logits(parts[1], pixels[1:2])
+    close(logits[0, -len(expected) :], expected)
+    two = {"input_ids": ids.repeat(2, 1), "position_ids": positions.repeat(2, 1)}
+    with pytest.raises(ValueError, match=r"position_ids: .*pack into one row, or set keep"):
+        model(**two, pixel_values=pixels, use_cache=False)
+    patch(model, keep=5)
+    assert model(**two, pixel_values=pixels, use_cache=False).logits.shape[0] == 2
+
+
+@torch.no_grad()
+def test_steps_behind_padding_on_the_right(
+    plain: LlavaForConditionalGeneration, model: LlavaForConditionalGeneration
+) -> None:
+    inputs = batch([*PROMPTS[:2], PROMPTS[3]], "right")
+    mask = inputs["attention_mask"]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    first = model(**inputs, pixel_values=PIXELS[:2], position_ids=positions, use_cache=True)
+    mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], 1)
+    step = model(
+        torch.tensor([[3], [4], [5]]),
+        attention_mask=mask,
+        position_ids=mask.sum(1, keepdim=True) - 1,
+        past_key_values=first.past_key_values,
+    )
+    oracle = Oracle(plain, PruMergeConfig())
+    for row, token, number in ((0, 3, 0), (1, 4, 1), (2, 5, 3)):
+        expected = oracle.logits([*PROMPTS[number], token], OF_PROMPT[number])
+        close(step.logits[row, 0], expected[-1])
+
+
 @torch.no_grad()
 def test_tuples_and_positional_arguments(model: LlavaForConditionalGeneration) -> None:
     inputs = batch(PROMPTS)
@@ -354,6 +420,7 @@ def bad(**changes: Any) -> dict[str, Any]:
         (bad(attention_mask={"full": None}), "attention_mask: .*got dict"),
         (bad(logits_to_keep=torch.tensor([3])), "logits_to_keep: expected an int"),
         (bad(shift_labels=torch.zeros(4, 9)), "shift_labels: expected None"),
+        (bad(cu_seq_lens_q=torch.zeros(4)), "cu_seq_lens_q: .*pass position_ids"),
         (bad(image_sizes=torch.zeros(4, 2)), "image_sizes: expected None"),
         (bad(pixel_values=torch.zeros(4, 3, 9, 9)), "size"),
         (bad(pixel_values=torch.zeros(2, 2, 3, 30, 30)), r"pixel_values: .*got \[2, 2, 3, 30, 30"),

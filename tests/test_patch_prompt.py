@@ -13,7 +13,7 @@ from prumerge_fast.prompt import (
     Placeholders,
     PromptLayout,
     forget_layout,
-    padding_side,
+    padding_of,
     remember_layout,
     remembered_layout,
     shrink_prompt,
@@ -159,24 +159,53 @@ def test_images_and_videos() -> None:
         shrink_prompt(ids, None, [videos._replace(counts=[2])], padding_side="left")
 
 
-def test_padding_side() -> None:
-    assert padding_side(None) == "left"
-    assert padding_side(torch.tensor([[0, 1], [1, 1]])) == "left"
-    assert padding_side(torch.tensor([[1, 1], [1, 1]])) == "left"
-    assert padding_side(torch.tensor([[1, 0], [1, 1]])) == "right"
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        (None, ("left", 0)),
+        ([[0, 1], [1, 1]], ("left", 0)),
+        ([[1, 1], [1, 1]], ("left", 0)),
+        ([[1, 0], [1, 1]], ("right", 0)),
+        ([[0, 1, 0], [1, 1, 1]], ("left", 1)),
+        ([[0, 1, 1, 1], [1, 1, 0, 0]], ("left", 2)),
+    ],
+)
+def test_padding_of(mask: list[list[int]] | None, expected: tuple[str, int]) -> None:
+    assert padding_of(None if mask is None else torch.tensor(mask)) == expected
+
+
+def test_last_columns_stay() -> None:
+    ids = torch.tensor([[0, 1, 9, 9, 2, 0, 0], [1, 3, 9, 9, 4, 5, 0]])
+    mask = (ids != 0).long()
+    layout = shrink_prompt(ids, mask, [images([2, 2], [1, 1])], padding_side="left", last_columns=2)
+    assert layout.source.tolist() == [[-1, 1, 2, 4, 5, 6], [0, 1, 2, 4, 5, 6]]
+    assert layout.mask(mask).tolist() == [[0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]]
+
+
+def test_later_positions_behind_padding_on_both_sides() -> None:
+    ids = torch.tensor([[0, 1, 9, 9, 9, 2, 0, 0], [1, 3, 4, 5, 6, 7, 8, 2]])
+    mask = (ids != 0).long()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    later = mask.sum(1, keepdim=True)
+    for side in ("left", "right"):
+        layout = shrink_prompt(ids, mask, [images([3], [1])], padding_side=side)
+        short = layout.mask(mask)
+        assert torch.equal(layout.later_positions(later), short.sum(1, keepdim=True))
+        assert torch.equal(layout.positions(positions) * short, (short.cumsum(1) - 1) * short)
 
 
 def test_rows_that_are_repeated() -> None:
-    layout = PromptLayout(torch.tensor([[0], [1]]), 2)
+    layout = PromptLayout(torch.tensor([[0], [1]]), 2, torch.tensor([[1], [1]]))
     assert layout.for_rows(2) is layout
     assert layout.for_rows(4).source.tolist() == [[0], [0], [1], [1]]
+    assert layout.for_rows(4).gone.shape == (4, 1)
     with pytest.raises(ValueError, match="cache of 3 sequences, got one of 2"):
         layout.for_rows(3)
 
 
 def test_layout_on_a_cache() -> None:
     cache = SimpleNamespace(get_seq_length=lambda: cache.length, length=2)
-    layout = PromptLayout(torch.tensor([[0, 3]]), 4)
+    layout = PromptLayout(torch.tensor([[0, 3]]), 4, torch.tensor([[2]]))
     assert remembered_layout(cache) is None
     remember_layout(cache, layout)
     assert remembered_layout(cache) is layout

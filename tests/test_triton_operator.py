@@ -9,15 +9,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import ptxemu
 import pytest
 import torch
 from kernel_cases import CONFIGS, TOLERANCE, random_inputs, relative_error
+from prumerge_fast.kernels import autotune
+from prumerge_fast.kernels import prune_merge as kernel
+from prumerge_fast.kernels.launch_config import LaunchConfig
+from triton.runtime.errors import OutOfResources
 
 import prumerge_fast
+from prumerge_fast.config import PruMergeConfig
 from prumerge_fast.demo import PROMPT, load_demo
 from prumerge_fast.demo.scenes import benchmark
 from prumerge_fast.dispatch import prune_merge, resolve_backend
@@ -97,6 +103,61 @@ def test_patched_generate_runs_the_kernel(emulator: ptxemu.Emulator) -> None:
             outputs[backend] = ids.tolist(), model.prumerge.last_lengths
     assert emulator.last is not None
     assert outputs["triton"] == outputs["torch"]
+
+
+@pytest.mark.parametrize(("capability", "name"), [((8, 0), "triton"), ((7, 5), "torch")])
+def test_dispatch_is_traced_as_a_constant(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], name: str
+) -> None:
+    """What `prune_merge(backend="auto")` asks about a GPU, within `torch.compile`."""
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    torch.compiler.reset()
+
+    def chosen(tensor: torch.Tensor) -> torch.Tensor:
+        resolved = resolve_backend("auto", "cuda", tensor.dtype, tensor.shape[0])
+        return tensor + (1 if resolved.name == "triton" else 2)
+
+    compiled = torch.compile(chosen, fullgraph=True, backend="eager", dynamic=True)
+    assert compiled(torch.zeros(20)).tolist() == [1 if name == "triton" else 2] * 20
+
+
+def test_autotune_keeps_the_fastest(
+    emulator: ptxemu.Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PRUMERGE_FAST_AUTOTUNE", "1")
+    monkeypatch.setattr(autotune, "_fastest", {})
+    timed: list[LaunchConfig] = []
+    launched: list[LaunchConfig] = []
+    real = kernel.prune_merge
+
+    def launch_noted(*args: Any, launch: LaunchConfig, **options: Any) -> Any:
+        launched.append(launch)
+        return real(*args, launch=launch, **options)
+
+    def timer(run: Callable[[], Any], quantiles: tuple[float, ...]) -> float:
+        """The third candidate is the fastest, and the second does not fit."""
+        run()
+        timed.append(launched[-1])
+        if len(timed) == 2:
+            raise OutOfResources(2, 1, "shared memory")
+        return 1.0 if len(timed) == 3 else 2.0
+
+    monkeypatch.setattr(kernel, "prune_merge", launch_noted)
+    monkeypatch.setattr(type(emulator), "get_benchmarker", lambda self: timer)
+    inputs = random_inputs(1, 40, 64, torch.float16)
+    config = PruMergeConfig(keep=20, neighbours=5)
+    first = prune_merge(*inputs, config, backend="triton")
+    assert len(timed) == len(set(timed)) >= 3
+    assert launched == [*timed, timed[2]]
+    again = prune_merge(*inputs, config, backend="triton")
+    assert launched == [*timed, timed[2], timed[2]]
+    assert torch.equal(first.tokens, again.tokens)
+
+
+def test_autotune_takes_0_or_1(emulator: ptxemu.Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRUMERGE_FAST_AUTOTUNE", "yes")
+    with pytest.raises(ValueError, match="PRUMERGE_FAST_AUTOTUNE: expected 0 or 1, got 'yes'"):
+        prune_merge(*random_inputs(1, 20, 16, torch.float32), backend="triton")
 
 
 def test_forced_without_a_gpu() -> None:

@@ -107,9 +107,9 @@ def test_num_patches() -> None:
         ([-2, -1], "no layer reads"),
         ([-2, 7], "from -5 to 3"),
         ([], r"an int or several, got \[\]"),
-        ([-2, True], "an int or several"),
-        (True, "an int or several"),
-        ("last", "an int or several"),
+        ([-2, True], r"\[1\]: expected one int"),
+        (True, "one int"),
+        ("last", "one int"),
     ],
 )
 def test_feature_layer_that_nothing_reads(feature_layer: object, reason: str) -> None:

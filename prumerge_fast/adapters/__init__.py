@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import NamedTuple
 
-from prumerge_fast.adapters.base import Adapter
+from prumerge_fast.adapters.base import BaseAdapter
 from prumerge_fast.errors import UnsupportedModelError
 
 
@@ -15,6 +15,9 @@ class Family(NamedTuple):
     title: str
     module: str
 
+
+_ORIGINAL = Family("the original LLaVA package", "prumerge_fast.adapters.original")
+_ORIGINAL_TOWER = Family("its vision tower", "prumerge_fast.adapters.original_tower")
 
 FAMILIES = {
     "LlavaForConditionalGeneration": Family(
@@ -32,6 +35,10 @@ FAMILIES = {
     "VipLlavaForConditionalGeneration": Family(
         "ViP-LLaVA in transformers", "prumerge_fast.adapters.vipllava"
     ),
+    "LlavaLlamaForCausalLM": _ORIGINAL,
+    "LlavaMistralForCausalLM": _ORIGINAL,
+    "LlavaMptForCausalLM": _ORIGINAL,
+    "CLIPVisionTower": _ORIGINAL_TOWER,
 }
 # Models that people try, and why they cannot be pruned.
 _WITHOUT_CLASS_TOKEN = {
@@ -40,12 +47,12 @@ _WITHOUT_CLASS_TOKEN = {
 }
 
 
-def adapter_for(model: object) -> Adapter:
+def adapter_for(model: object) -> BaseAdapter:
     """The adapter of a model's family; see `adapter_for_class`."""
     return adapter_for_class(type(model))
 
 
-def adapter_for_class(model_class: type) -> Adapter:
+def adapter_for_class(model_class: type) -> BaseAdapter:
     """The adapter of the family that a class, or one it derives from, belongs to.
 
     Raises:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from prumerge_fast.config import PruMergeConfig
@@ -30,8 +32,38 @@ class ImageTokens:
     placeholders: list[int]
 
 
-class Adapter(ABC):
-    """One model family. Stateless: every method is given the model.
+Override = Callable[[Any, Any, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+"""`(model, adapter, original, args, kwargs)`: a call of a method that a patched model overrides."""
+
+
+class BaseAdapter(ABC):
+    """What `patch` needs of a model family. Stateless: every method is given the model."""
+
+    @abstractmethod
+    def check(self, model: Any) -> None:
+        """Raise `UnsupportedModelError`, with the reason, if PruMerge cannot work on `model`."""
+
+    @abstractmethod
+    def num_patches(self, model: Any) -> int:
+        """N, the number of patch tokens that one pruning chooses from, at most."""
+
+    @abstractmethod
+    def query_keys_hidden(
+        self, model: Any, images: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The arguments of `prune_merge` for these images."""
+
+    @abstractmethod
+    def overrides(self, model_class: type) -> Mapping[str, Override]:
+        """The methods of a patched model that differ from those of its class, by name."""
+
+    def device(self, model: Any) -> torch.device:
+        """Where the images are encoded."""
+        return model.device
+
+
+class Adapter(BaseAdapter):
+    """A family in transformers, whose prompts hold as many placeholders as there are features.
 
     Methods take the arguments of the model's `forward` that describe images and videos, by name
     (`images`). A modality is `"image"` or `"video"`.
@@ -43,27 +75,37 @@ class Adapter(ABC):
     pixels: ClassVar[dict[str, str]] = {"image": "pixel_values"}
     """For each modality of the family, the argument that holds its pixels."""
 
-    @abstractmethod
-    def check(self, model: Any) -> None:
-        """Raise `UnsupportedModelError`, with the reason, if PruMerge cannot work on `model`."""
+    def overrides(self, model_class: type) -> Mapping[str, Override]:
+        from prumerge_fast import forward, generation  # they import this module
 
-    @abstractmethod
-    def num_patches(self, model: Any) -> int:
-        """N, the number of patch tokens that one pruning chooses from, at most."""
+        features: dict[str, Override] = {
+            f"get_{modality}_features": functools.partial(forward.get_features, modality)
+            for modality in self.pixels
+            if hasattr(model_class, f"get_{modality}_features")
+        }
+        return {
+            **features,
+            "forward": forward.forward,
+            "generate": torch.no_grad()(generation.generate),
+            "_get_logits_processor": lambda model, adapter, original, args, kwargs: (
+                generation.logits_processors(original, *args, **kwargs)
+            ),
+            "_get_stopping_criteria": lambda model, adapter, original, args, kwargs: (
+                generation.stopping_criteria(original, *args, **kwargs)
+            ),
+        }
 
     @abstractmethod
     def placeholder_id(self, model: Any, modality: str) -> int:
         """Id of the placeholder token in prompts."""
 
+    def renamed(self, images: dict[str, Any]) -> dict[str, Any]:
+        """These arguments, as `pixels` names them in every version of transformers."""
+        return images
+
     @abstractmethod
     def has_images(self, images: Mapping[str, Any]) -> bool:
         """Whether these arguments hold any image or video."""
-
-    @abstractmethod
-    def query_keys_hidden(
-        self, model: Any, images: Mapping[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The arguments of `prune_merge` for these images."""
 
     @abstractmethod
     def encode(

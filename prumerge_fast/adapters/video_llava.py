@@ -33,13 +33,14 @@ class VideoLlavaAdapter(LlavaAdapter):
     def tower(self, model: Any, modality: str) -> Any:
         return model.model.image_tower if modality == "image" else model.model.video_tower
 
-    def has_images(self, images: Mapping[str, Any]) -> bool:
-        return super().has_images(_named_as_in_5(images))
-
-    def encode(
-        self, model: Any, images: Mapping[str, Any], config: PruMergeConfig, backend: str
-    ) -> dict[str, ImageTokens]:
-        return super().encode(model, _named_as_in_5(images), config, backend)
+    def renamed(self, images: dict[str, Any]) -> dict[str, Any]:
+        """Transformers 4 calls the images `pixel_values_images`, as 5 still does in places."""
+        named_as_in_4 = images.pop("pixel_values_images", None)
+        if named_as_in_4 is None:
+            return images
+        if images.get("pixel_values") is not None:
+            raise ValueError("pixel_values and pixel_values_images: expected one of them, got both")
+        return {**images, "pixel_values": named_as_in_4}
 
     def encode_pixels(
         self,
@@ -60,15 +61,6 @@ class VideoLlavaAdapter(LlavaAdapter):
             lengths=merged.lengths + 1,
         )
         return project_videos(model, with_class, videos, hidden.shape[1])
-
-
-def _named_as_in_5(images: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Transformers 4 calls the images `pixel_values_images`, as 5 still does in places."""
-    if images.get("pixel_values_images") is None:
-        return images
-    if images.get("pixel_values") is not None:
-        raise ValueError("pixel_values and pixel_values_images: expected one of them, got both")
-    return {**images, "pixel_values": images["pixel_values_images"]}
 
 
 ADAPTER = VideoLlavaAdapter()

@@ -1,4 +1,4 @@
-"""The command line: `prumerge-fast compare`, `show` and `doctor`.
+"""The command line: `prumerge-fast compare`, `show`, `cost`, `evaluate` and `doctor`.
 
 Only what parses the arguments is imported here; PyTorch and transformers are imported by the
 command that needs them, so that `--help` is instant.
@@ -73,6 +73,18 @@ ModelOption = Annotated[
         show_default="the small demo model",
     ),
 ]
+QuestionsOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.jsonl",
+        help="Questions in LLaVA's format: question_id, image, text; optionally answer (or "
+        "label) and category.",
+    ),
+]
+ImageFolderOption = Annotated[
+    Path | None,
+    typer.Option(help="Where the question file's images are.", show_default="beside the file"),
+]
 KeepOption = Annotated[
     str | None,
     typer.Option(
@@ -113,18 +125,8 @@ def _compare(
             "taken as the whole prompt, another gets the model's chat format."
         ),
     ] = None,
-    questions: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE.jsonl",
-            help="Questions in LLaVA's format: question_id, image, text; optionally answer (or "
-            "label) and category.",
-        ),
-    ] = None,
-    image_folder: Annotated[
-        Path | None,
-        typer.Option(help="Where the question file's images are.", show_default="beside the file"),
-    ] = None,
+    questions: QuestionsOption = None,
+    image_folder: ImageFolderOption = None,
     answers: Annotated[
         Path | None,
         typer.Option(
@@ -227,6 +229,114 @@ def _show(
             backend=backend.value,
             dtype=dtype.value,
             device=device,
+            as_json=as_json,
+        )
+    )
+
+
+@app.command("cost")
+def _cost(
+    context: typer.Context,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="llava-1.5-7b, llava-1.5-13b (built in), or a folder or Hugging Face name of a "
+            "LLaVA, of which only the configuration is read; may be repeated.",
+            show_default="both built-in ones",
+        ),
+    ] = None,
+    variant: Annotated[
+        list[Variant] | None, typer.Option(help="May be repeated.", show_default="both")
+    ] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            help="How many patch tokens to keep: a whole number, or a share such as 0.25.",
+            show_default="the paper's averages: 40 of 576 for PruMerge, 144 for PruMerge+",
+        ),
+    ] = None,
+    text_tokens: Annotated[int, _count_option("Tokens of the prompt beside the image's.")] = 40,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="V100, A100, H100, RTX4090, T4 or cpu (this one, measured); may be repeated.",
+            show_default="all",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Operations, bytes, memory and roofline times from a model's shape; the paper's beside ours.
+
+    Nothing is run but, for `cpu`, two seconds of products and copies: these are counts and a model.
+    """
+    from prumerge_fast.cli.cost import CostOptions, run
+
+    run(
+        CostOptions(
+            command=context.obj,
+            models=list(dict.fromkeys(model or [])),
+            configs=[
+                _config(one, keep, 32, Merge.sum) for one in dict.fromkeys(variant or Variant)
+            ],
+            text_tokens=text_tokens,
+            devices=device or [],
+            as_json=as_json,
+        )
+    )
+
+
+@app.command("evaluate")
+def _evaluate(
+    context: typer.Context,
+    model: ModelOption = None,
+    questions: QuestionsOption = None,
+    image_folder: ImageFolderOption = None,
+    count: Annotated[
+        int, _count_option("How many questions about demo scenes, without --questions.")
+    ] = 2000,
+    tokens: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="N",
+            help="Visual tokens at which methods are compared; may be repeated.",
+            show_default="8 16 32 64 128",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUT.json",
+            help="Write the results there, and beside it the answers as they come: the same "
+            "command again goes on from them.",
+        ),
+    ] = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
+    batch_size: Annotated[int, _count_option("Questions answered at once.")] = 25,
+    max_new_tokens: Annotated[int, _count_option("Longest answer.")] = 16,
+    as_json: JsonOption = False,
+) -> None:
+    """Accuracy with intervals: PruMerge beside random, evenly spaced and most attended tokens.
+
+    Without --questions, asks about demo scenes that no one was trained on.
+    """
+    from prumerge_fast.evaluation.run import EvaluationOptions, run
+
+    run(
+        EvaluationOptions(
+            command=context.obj,
+            model=model,
+            questions=questions,
+            image_folder=image_folder,
+            count=count,
+            budgets=[_whole_number(value) for value in tokens or ("8", "16", "32", "64", "128")],
+            output=output,
+            dtype=dtype.value,
+            device=device,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
             as_json=as_json,
         )
     )

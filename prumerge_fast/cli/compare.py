@@ -116,6 +116,30 @@ def run(options: CompareOptions) -> None:
     )
 
 
+def accuracy(
+    loaded: Loaded,
+    config: PruMergeConfig | None,
+    items: list[Item],
+    *,
+    batch_size: int,
+    max_new_tokens: int = 32,
+) -> dict[str, Any]:
+    """What `report.summarise` says of one policy's answers, `config=None` for the plain model."""
+    answers: list[Answer] = []
+    times: list[StageTimes] = []
+    for batch in _batches(items, batch_size):
+        measured = measure(
+            loaded.model,
+            prepare(loaded, batch),
+            config,
+            backend="auto",
+            max_new_tokens=max_new_tokens,
+        )
+        times.append(measured.times.per_question(len(batch)))
+        answers += _decoded(loaded, batch, measured)
+    return report.summarise(answers, times, answers)
+
+
 def _items(options: CompareOptions) -> list[Item]:
     if options.questions is not None:
         if options.images or options.prompts:
@@ -202,21 +226,25 @@ def _batches(items: list[Item], size: int) -> Iterator[list[Item]]:
 
 def _record(loaded: Loaded, policy: _Policy, batch: list[Item], measured: Measurement) -> None:
     """Keeps a batch of answers and writes them in the format of LLaVA's evaluation scripts."""
-    texts = loaded.processor.tokenizer.batch_decode(measured.answers, skip_special_tokens=True)
-    share = measured.cache_bytes / len(batch)
-    for item, text, tokens in zip(batch, texts, measured.visual_tokens, strict=True):
-        answer = Answer(item, text.strip(), tokens, share)
+    for answer in _decoded(loaded, batch, measured):
         policy.answers.append(answer)
         if policy.file is not None:
             record = {
-                "question_id": item.question_id,
-                "prompt": item.text,
+                "question_id": answer.item.question_id,
+                "prompt": answer.item.text,
                 "text": answer.text,
                 "answer_id": uuid.uuid4().hex,
                 "model_id": f"{loaded.name}-{policy.slug}",
-                "metadata": {"visual_tokens": tokens},
+                "metadata": {"visual_tokens": answer.visual_tokens},
             }
             policy.file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _decoded(loaded: Loaded, batch: list[Item], measured: Measurement) -> Iterator[Answer]:
+    texts = loaded.processor.tokenizer.batch_decode(measured.answers, skip_special_tokens=True)
+    share = measured.cache_bytes / len(batch)
+    for item, text, tokens in zip(batch, texts, measured.visual_tokens, strict=True):
+        yield Answer(item, text.strip(), tokens, share)
 
 
 def _dtype_name(loaded: Loaded) -> str:
@@ -240,6 +268,8 @@ def _as_json(
             "max_new_tokens": options.max_new_tokens,
             "repeat": options.repeat,
         },
+        "parameters": loaded.model.num_parameters(),
+        "weight_bytes": loaded.model.get_memory_footprint(),
         "questions": len(policies[0].answers),
         "results": {
             policy.name: {

@@ -15,6 +15,7 @@ import torch
 from prumerge_fast.adapters import adapter_for
 from prumerge_fast.cli.inputs import IMAGE_TOKEN, InputError, Item
 from prumerge_fast.config import PruMergeConfig
+from prumerge_fast.quantisation import quantisation_config
 
 _ARCHITECTURE = "LlavaForConditionalGeneration"  # what the stages are timed on
 
@@ -164,18 +165,7 @@ def _quantisation(load_in_4bit: bool, dtype: torch.dtype, device: torch.device) 
             "--load-in-4bit: expected bitsandbytes to be installed, got none; "
             "run: pip install 'prumerge_fast[int4]'"
         )
-    from transformers import BitsAndBytesConfig
-
-    kept_whole = ["vision_tower", "multi_modal_projector", "lm_head"]
-    # transformers 5 knows these modules by their full names only, 4.x by the short ones.
-    kept_whole += [f"model.{name}" for name in kept_whole[:2]]
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=kept_whole,
-    )
-    return {"quantization_config": config, "device_map": {"": device}}
+    return {"quantization_config": quantisation_config(4, dtype), "device_map": {"": device}}
 
 
 def prepare(loaded: Loaded, items: Sequence[Item]) -> Any:

@@ -21,7 +21,10 @@ from rich.table import Table
 from prumerge_fast.cli.inputs import Item
 from prumerge_fast.cli.stages import StageTimes
 
-PACKAGES = ("prumerge_fast", "torch", "transformers", "triton", "bitsandbytes", "accelerate")
+PACKAGES = (
+    *("prumerge_fast", "torch", "transformers", "triton"),
+    *("bitsandbytes", "accelerate", "peft"),
+)
 STAGES = {
     "vision": "vision tower",
     "prune_merge": "prune+merge",

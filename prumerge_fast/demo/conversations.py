@@ -39,14 +39,14 @@ class Conversations:
         self.offset = len(self.prefix) + recipe.GRID**2
 
     def description(self, scene: Scene) -> list[Turn]:
-        return [self._turn(recipe.DESCRIBE, scene.describe())]
+        return [self.turn(recipe.DESCRIBE, scene.describe())]
 
     def instructions(self, scene: Scene) -> list[Turn]:
         return self.description(scene) + self.questions(scene)
 
     def questions(self, scene: Scene) -> list[Turn]:
         asked = (scene.question(MIX[t % len(MIX)], variant=1 + t) for t in range(self.turns))
-        return [self._turn(question.text, question.answer) for question in asked if question]
+        return [self.turn(question.text, question.answer) for question in asked if question]
 
     def span(self, scene: Scene) -> int:
         """How many positions the image takes up, drawn at random for three scenes out of four.
@@ -59,7 +59,7 @@ class Conversations:
         rng = scene.stream("span")
         return patches if rng.random() < 0.25 else int(rng.integers(patches // 8, 5 * patches // 4))
 
-    def _turn(self, question: str, answer: str) -> Turn:
+    def turn(self, question: str, answer: str) -> Turn:
         def encode(text: str) -> list[int]:
             return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 

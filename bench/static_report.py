@@ -1,0 +1,125 @@
+"""What the kernel needs and does on each GPU, without a GPU: counts and lower bounds, no timings.
+
+    python bench/static_report.py     # about 10 minutes; writes bench/results/static-report.json
+
+Registers, spills, shared memory and code size come from ahead-of-time compilation, instruction and
+memory counts from running the compiled PTX for sm_80 in the emulator (tests/ptxemu), on the golden
+image with 52 centres. The bounds are those of the instruction roofline model (Ding and Williams
+2019): no launch is faster, and none need come near.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+import ptxemu  # noqa: E402
+from kernel_cases import golden  # noqa: E402
+from kernel_resources import SHARED_MEMORY, TARGETS, resources_of  # noqa: E402
+from prumerge_fast.kernels import launch_config  # noqa: E402
+
+from prumerge_fast.cli import report  # noqa: E402
+from prumerge_fast.config import PruMergeConfig  # noqa: E402
+from prumerge_fast.dispatch import prune_merge  # noqa: E402
+
+IMAGE = "heavy_tailed_0"
+ROWS = 53  # of that image, with its supplement
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+BATCHES = {"B = 1": 1, "one program an image": 1024}
+# Multiprocessors, boost clock in Hz and memory bandwidth in bytes/s, from NVIDIA's data sheets of
+# the A100 80GB SXM, the H100 SXM and the Ada architecture. Each multiprocessor issues four warp
+# instructions a clock.
+GPUS = {
+    "A100": (108, 1.41e9, 2.039e12),
+    "H100": (132, 1.98e9, 3.35e12),
+    "RTX 4090": (128, 2.52e9, 1.008e12),
+}
+
+
+def resources() -> list[dict[str, Any]]:
+    """A row for each dtype, batch and target, at CLIP ViT-L/14-336's shape."""
+    rows = []
+    for dtype in DTYPES:
+        for case, batch in BATCHES.items():
+            for target in TARGETS:
+                launch = launch_config.choose_launch(batch, 576, 1024, ROWS, dtype, target)
+                found = resources_of(launch, 576, 1024, dtype, target)
+                rows.append(
+                    {
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "case": case,
+                        **dataclasses.asdict(found),
+                        "shared_limit": SHARED_MEMORY[target],
+                        "launch": dataclasses.asdict(launch),
+                    }
+                )
+    return rows
+
+
+def counts() -> list[dict[str, Any]]:
+    """A row for each dtype and batch: one image, emulated for sm_80, and its lower bounds."""
+    choose = launch_config.choose_launch
+    inputs, _ = golden(IMAGE)
+    rows = []
+    try:
+        for dtype in DTYPES:
+            for case, batch in BATCHES.items():
+                launch_config.choose_launch = lambda _, *rest, batch=batch: choose(batch, *rest)
+                tensors = [tensor.to(dtype).clone() for tensor in inputs]
+                with ptxemu.install(80, schedule="lockstep", profile=True) as emulator:
+                    prune_merge(*tensors, PruMergeConfig(), backend="triton")
+                rows.append(_row(dtype, case, emulator.last, sum(t.nbytes for t in tensors[1:])))
+    finally:
+        launch_config.choose_launch = choose
+    return rows
+
+
+def _row(dtype: torch.dtype, case: str, stats: ptxemu.LaunchStats, once: int) -> dict[str, Any]:
+    bounds = {}
+    for name, (multiprocessors, clock, bandwidth) in GPUS.items():
+        bound = ptxemu.roofline(stats, multiprocessors, clock, bandwidth)
+        bounds[name] = {
+            "latency_us": 1e6 * bound.seconds,
+            "latency_bound": bound.bound,
+            # When other images fill the GPU, no image takes less of it than this.
+            "per_image_us": 1e6 * max(bound.issue_throughput, bound.compulsory_memory),
+        }
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "case": case,
+        "programs": len(stats.program_instructions),
+        "warp_instructions": stats.warp_instructions,
+        "longest_program": stats.critical_path,
+        "tensor_core_instructions": stats.mma,
+        "sectors_read": stats.of("global", "load").transactions,
+        "sectors_written": stats.of("global", "store").transactions,
+        "sectors_of_keys_and_hidden": once // 32,
+        "lower_bounds": bounds,
+    }
+
+
+def main() -> None:
+    """Writes the report."""
+    result = {
+        **report.provenance([], torch.device("cpu")),
+        "command": ["python", "bench/static_report.py"],
+        "image": IMAGE,
+        "emulated_target": "sm_80",
+        "counts": counts(),
+        "resources": resources(),
+    }
+    path = ROOT / "bench" / "results" / "static-report.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,300 @@
+"""The evaluation: its policies, its measures against closed forms, and the command."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_cli import folder, photos, refusal  # noqa: F401
+
+from prumerge_fast import PruMergeConfig, patched
+from prumerge_fast.cli import main
+from prumerge_fast.cli.inputs import items_from_demo
+from prumerge_fast.cli.models import load, prepare
+from prumerge_fast.evaluation import metrics, policies, run
+
+BUDGET = 16
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load(None, dtype="float32", device="cpu", load_in_4bit=False)
+
+
+@pytest.fixture(scope="module")
+def items():
+    return items_from_demo(10)
+
+
+@pytest.fixture(scope="module")
+def chosen(demo):
+    return policies.policies([BUDGET], demo.patches)
+
+
+@pytest.fixture(scope="module")
+def answered(demo, items, chosen):
+    return run.answer_batch(demo, items, chosen, max_new_tokens=8)
+
+
+# Policies
+
+
+@pytest.mark.parametrize(
+    ("policy", "config"),
+    [
+        ("all tokens", None),
+        ("PruMerge, adaptive", PruMergeConfig()),
+        ("PruMerge+, adaptive", PruMergeConfig(variant="prumerge+")),
+        ("PruMerge (16)", PruMergeConfig(keep=15)),
+        ("PruMerge+, raster order (16)", PruMergeConfig("prumerge+", keep=15, order="raster")),
+        ("attention top-k (16)", PruMergeConfig(keep=16, merge="none", supplement=False)),
+        ("attention top-k + merge (16)", PruMergeConfig(keep=16, supplement=False)),
+        ("PruMerge, weighted average (16)", PruMergeConfig(keep=15, merge="average")),
+    ],
+)
+def test_answers_are_those_of_the_model_itself(demo, items, answered, policy, config):
+    """What comes from shared features is what `generate` says, plain or patched."""
+    inputs = prepare(demo, items)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    if config is None:
+        ids = demo.model.generate(**inputs, **options)
+    else:
+        with patched(demo.model, config):
+            ids = demo.model.generate(**inputs, **options)
+            assert list(demo.model.prumerge.last_lengths) == answered["tokens"][policy]
+    new = ids[:, inputs["input_ids"].shape[1] :]
+    texts = demo.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+    assert [text.strip() for text in texts] == answered["texts"][policy]
+
+
+def test_every_method_spends_its_budget(chosen, answered):
+    assert len({policy.name for policy in chosen}) == len(chosen)
+    fixed = [policy for policy in chosen if policy.budget is not None]
+    assert [policy.method for policy in fixed] == list(policies.METHODS)
+    for policy in fixed:
+        assert set(answered["tokens"][policy.name]) == {BUDGET}
+
+
+def test_policies_hand_over_the_tokens_that_they_choose(chosen):
+    hidden = torch.arange(2 * 26.0).reshape(2, 26, 1)  # 5 x 5 patches
+    encoded = policies.Encoded(torch.ones(2, 1), torch.ones_like(hidden), hidden, ["a", "b"])
+    found = {
+        policy.method: policy.reduce(encoded)
+        for policy in policies.policies([4], 25)
+        if policy.method in (policies.ALL_TOKENS, policies.RANDOM, policies.EVEN)
+    }
+    assert torch.equal(torch.stack(found[policies.ALL_TOKENS]), hidden[:, 1:])
+    for image, name in enumerate("ab"):
+        drawn = policies.random_patches(25, 4, name)
+        assert found[policies.RANDOM][image][:, 0].tolist() == [26 * image + 1 + p for p in drawn]
+    assert found[policies.EVEN][0][:, 0].tolist() == [1 + p for p in (6, 8, 16, 18)]
+
+
+@pytest.mark.parametrize("side", [5, 14, 24])
+def test_even_patches_are_distinct_and_cover_the_image(side):
+    for count in range(1, side**2 + 1):
+        found = policies.even_patches(side**2, count)
+        assert len(set(found)) == count
+        assert found == sorted(found)
+        assert 0 <= found[0] <= found[-1] < side**2
+        rows, columns = np.divmod(found, side)
+        # The centre of gravity is the image's, nearly.
+        assert abs(rows.mean() - (side - 1) / 2) <= 0.11 * side
+        assert abs(columns.mean() - (side - 1) / 2) <= 0.11 * side
+
+
+def test_random_patches_follow_from_the_name_alone_and_are_uniform():
+    assert policies.random_patches(196, 9, "x") == policies.random_patches(196, 9, "x")
+    assert policies.random_patches(196, 9, "x") != policies.random_patches(196, 9, "y")
+    counts = np.bincount(
+        np.concatenate([policies.random_patches(25, 5, str(i)) for i in range(2000)]), minlength=25
+    )
+    assert (abs(counts - 400) < 5 * math.sqrt(400)).all()
+
+
+# Measures
+
+
+def test_exact_match_is_normalised():
+    found = metrics.exact_match([["Red.", "two"], ["blue", " the 2 "]], ["red", "2"])
+    assert found.numerator.tolist() == [[1, 0], [0, 1]]
+    assert found.value().tolist() == [0.5, 0.5]
+
+
+def test_pope_by_hand():
+    answers = ["Yes, it is.", "No", "There is no dog.", "yes", "It is. Not sure", "not there"]
+    expected = ["yes", "no", "yes", "no", "Yes.", "no"]
+    assert [metrics.says_yes(a) for a in answers] == [True, False, False, True, True, False]
+    measures = metrics.pope([[*answers, "Yes!", "no, no"]], [*expected, "no", "no"])
+    # Two hits, two false alarms, one miss, three right rejections.
+    assert {name: measure.value().tolist() for name, measure in measures.items()} == {
+        "accuracy": [5 / 8],
+        "precision": [2 / 4],
+        "recall": [2 / 3],
+        "f1": pytest.approx([4 / 7]),
+        "yes_ratio": [4 / 8],
+    }
+    never = metrics.pope([["no", "no"]], ["yes", "no"])
+    assert math.isnan(never["precision"].value()[0])
+    assert never["f1"].value().tolist() == [0.0]
+    assert [metrics.is_yes_no(a) for a in ("Yes.", "no", "red")] == [True, True, False]
+
+
+def test_intervals_are_those_of_the_normal_approximation():
+    rng = np.random.default_rng(1)
+    correct = (rng.random((2, 900)) < [[0.3], [0.8]]).astype(float)
+    measure = metrics.Measure(correct, np.ones_like(correct))
+    resamples = measure.resampled([str(i) for i in range(900)])
+    for p, share in enumerate(measure.value()):
+        margin = 1.96 * math.sqrt(share * (1 - share) / 900)
+        low, high = metrics.interval(resamples[:, p])
+        assert low == pytest.approx(share - margin, abs=0.15 * margin)
+        assert high == pytest.approx(share + margin, abs=0.15 * margin)
+
+
+def test_intervals_are_of_images_and_paired():
+    rng = np.random.default_rng(2)
+    right = np.repeat((rng.random(100) < 0.5).astype(float), 9)  # nine alike questions an image
+    images = [f"image {i // 9}" for i in range(900)]
+    worse = right.copy()
+    worse[:9] = 1 - worse[:9]  # differs in one image only
+    measure = metrics.Measure(np.stack([right, worse]), np.ones((2, 900)))
+    resamples = measure.resampled(images)
+    low, high = metrics.interval(resamples[:, 0])
+    assert high - low == pytest.approx(2 * 1.96 * 0.05, rel=0.15)  # as of 100 questions, not 900
+    low, high = metrics.interval(resamples[:, 0] - resamples[:, 1])
+    assert high - low < 0.05
+
+
+def test_scores_by_kind_and_pair(chosen, items):
+    """Policies that are right on known questions get known figures."""
+    names = [policy.name for policy in chosen]
+    right = [item.expected for item in items]
+    wrong = ["no" if answer == "yes" else "yes" for answer in right]
+    texts = dict.fromkeys(names, wrong)
+    texts[f"{policies.PRUMERGE} ({BUDGET})"] = right
+    texts[policies.ALL_TOKENS] = right[:5] + wrong[5:]
+    tokens = {name: [3] * len(items) for name in names}
+    result = run.score(items, chosen, run.Answers(texts, tokens))
+    rows = result["policies"]
+    assert result["questions"] == {"overall": 10} | dict.fromkeys(
+        ["existence", "colour", "shape", "count", "position"], 2
+    )
+    assert rows["PruMerge (16)"]["accuracy"]["overall"] == {"value": 1.0, "interval": [1.0, 1.0]}
+    assert rows["all tokens"]["accuracy"]["colour"]["value"] == 0.5
+    assert rows["random (16)"]["pope"]["accuracy"]["value"] == 0.0
+    assert rows["random (16)"]["visual_tokens"] == 3.0
+    paired = {(row["policy"], row["against"], row["kind"]): row for row in result["paired"]}
+    assert paired["PruMerge (16)", "random (16)", "shape"]["value"] == 1.0
+    assert paired["PruMerge (16)", "attention top-k + merge (16)", "overall"]["value"] == 1.0
+    assert paired["random (16)", "all tokens", "overall"]["value"] == -0.5
+    json.dumps(result, allow_nan=False)
+
+
+# The command
+
+
+@pytest.fixture
+def command(tmp_path):
+    output = tmp_path / "out" / "result.json"
+    return [
+        *("evaluate", "--count", "6", "--batch-size", "2", "--tokens", "8"),
+        *("--output", str(output)),
+    ], output
+
+
+def test_interrupted_run_goes_on_where_it_was(command, capsys, monkeypatch):
+    arguments, output = command
+    asked = []
+    answer_batch = run.answer_batch
+
+    def interrupted(loaded, batch, *rest):
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append([item.question_id for item in batch])
+        return answer_batch(loaded, batch, *rest)
+
+    monkeypatch.setattr(run, "answer_batch", interrupted)
+    assert main(arguments) == 130
+    assert not output.exists()
+    with run.answers_file(output).open("a") as file:
+        file.write('{"texts": {"all to')  # killed while writing
+    monkeypatch.setattr(run, "answer_batch", lambda *a: asked.append(a) or answer_batch(*a))
+    assert main([*arguments, "--json"]) == 0
+    assert asked[:2] == [[0, 1], [2, 3]]
+    assert len(asked) == 3
+    resumed = json.loads(capsys.readouterr().out)
+    assert json.loads(output.read_text()) == resumed
+
+    monkeypatch.setattr(run, "answer_batch", answer_batch)
+    without_file = [*arguments[:-2], "--json"]
+    assert main(without_file) == 0
+    at_once = json.loads(capsys.readouterr().out)
+    for field in ("policies", "paired", "questions"):
+        assert at_once[field] == resumed[field]
+
+
+def test_answers_of_other_settings_are_not_mixed(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    arguments, _ = command
+    assert main(arguments) == 0
+    assert "all tokens" in capsys.readouterr().out
+    message = refusal(capsys, *arguments, "--max-new-tokens", 3)
+    assert "--output: expected answers of a run with these settings" in message
+
+
+def test_question_file(folder, photos, tmp_path, capsys):  # noqa: F811
+    path = tmp_path / "questions.jsonl"
+    records = [
+        {"question_id": i, "image": name, "text": "what ?", "category": "thing", "label": label}
+        for i, (name, label) in enumerate([("astronaut.png", "yes"), ("coffee.jpg", "w1")] * 2)
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    arguments = [
+        *("evaluate", "--model", str(folder), "--questions", str(path), "--tokens", "5"),
+        *("--image-folder", str(photos), "--max-new-tokens", "2"),
+    ]
+    assert main([*arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["questions"] == {"overall": 4, "thing": 4}
+    assert result["yes_no_questions"] == 2
+    assert set(result["policies"]["random (5)"]["pope"]) == set(metrics.POPE_MEASURES)
+    del records[0]["label"]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert "got none for 1 of 4" in refusal(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("extra", "says"),
+    [
+        (["--tokens", "197"], "--tokens: expected 2 to N = 196"),
+        (["--tokens", "1"], "--tokens: expected 2 to N = 196"),
+        (["--tokens", "many"], "expected a whole number >= 1, got many"),
+        (["--count", "0"], "--count"),
+        (["--image-folder", "x"], "--image-folder: expected --questions"),
+        (["--questions", "gone.jsonl"], "--questions: expected a readable text file"),
+        (["--output", f"{__file__}/x.json"], "--output: expected a writable file"),
+    ],
+)
+def test_bad_options(command, capsys, extra, says):
+    assert says in refusal(capsys, *command[0], *extra)
+
+
+def test_models_of_other_families(command, capsys, monkeypatch, demo):
+    other = dataclasses.replace(demo, model=torch.nn.Identity())
+    monkeypatch.setattr(run, "load", lambda *_, **__: other)
+    message = refusal(capsys, *command[0])
+    assert "--model: expected a LlavaForConditionalGeneration" in message
+    assert "got Identity" in message
+
+
+def test_curves_in_the_documents_show_the_committed_results():
+    root = Path(__file__).parents[1]
+    results = (root / "bench" / "results" / "demo-accuracy.json").read_bytes()
+    with Image.open(root / "docs" / "accuracy.png") as picture:
+        assert picture.text["Results"] == hashlib.sha256(results).hexdigest()
