@@ -20,7 +20,7 @@ BACKENDS = ("auto", "triton", "torch", "reference")
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DEFAULT_CONFIG = PruMergeConfig()
-# Each takes query [B, C], keys and hidden [B, 1+N, C] and a config, all checked.
+# Each takes query [B, C], keys [B, 1+N, C], hidden [B, 1+N, S * C] and a config, all checked.
 _IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, PruMergeConfig], MergedTokens]] = {
     "torch": prune_merge_torch,
     "reference": prune_merge_reference,
@@ -99,7 +99,8 @@ def prune_merge(
     Args:
         query: [B, C] or [B, 1+N, C] (its row 0 is used); queries of the layer that reads `hidden`.
         keys: [B, 1+N, C]; keys of that layer.
-        hidden: [B, 1+N, C]; the features to reduce.
+        hidden: [B, 1+N, C]; the features to reduce. Or [B, 1+N, S * C], several layers' side by
+            side, as ViP-LLaVA has them.
         config: What to keep and how to merge; `None` for the defaults.
         backend: `"auto"`, `"triton"`, `"torch"` or `"reference"`.
 
@@ -145,9 +146,11 @@ def _check_tensors(query: Tensor, keys: Tensor, hidden: Tensor) -> None:
             "keys: expected shape [B, 1+N, C] with at least one patch token (N >= 1) and one "
             f"channel, got {list(keys.shape)}"
         )
-    if hidden.shape != keys.shape:
+    width = hidden.shape[-1] if hidden.ndim == 3 else 0
+    if hidden.shape[:-1] != keys.shape[:-1] or width < channels or width % channels:
         raise ValueError(
-            f"hidden: expected the shape of keys, {list(keys.shape)}, got {list(hidden.shape)}"
+            f"hidden: expected the shape of keys, {list(keys.shape)}, or a multiple of its "
+            f"channels, got {list(hidden.shape)}"
         )
     if query.shape not in ((batch, channels), (batch, rows, channels)):
         raise ValueError(

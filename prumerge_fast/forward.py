@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from prumerge_fast.adapters.base import Adapter, ImageTokens
+from prumerge_fast.adapters.base import PLACEHOLDERS_ATTRIBUTE, Adapter, ImageTokens
 from prumerge_fast.prompt import (
+    Placeholders,
     PromptLayout,
     padding_of,
     remember_layout,
@@ -59,43 +60,54 @@ def forward(
     arguments = named_arguments(original, *args, **kwargs)
     images = take_images(adapter, arguments)
     cache = arguments.get("past_key_values")
+    layout = remembered_layout(cache)
+    if layout is None:
+        check_no_placeholders(model, adapter, arguments.get("input_ids"), images)
     if adapter.has_images(images):
         check_cache_is_empty(cache)
         return _forward_with_images(model, adapter, original, arguments, images)
-    layout = remembered_layout(cache)
     if layout is not None:
         _continue_prompt(arguments, layout)
-    else:
-        check_no_placeholders(model, adapter, arguments.get("input_ids"), images)
     return original(**arguments)
 
 
-def get_image_features(
+def get_features(
+    modality: str,
     model: Any,
     adapter: Adapter,
     original: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """The reduced, projected tokens [m, D] of each image, in the form of `original`.
+    """The reduced, projected tokens [m, D] of each image or video, in the form of `original`.
 
     Of the output that transformers 5 returns, only `pooler_output` is set.
     """
     arguments = named_arguments(original, *args, **kwargs)
+    # The first parameter holds the pixels; its name depends on the version.
+    first, pixels = next(iter(inspect.signature(original).parameters)), adapter.pixels[modality]
+    if first in arguments:
+        arguments[pixels] = arguments.pop(first)
     images = take_images(adapter, arguments)
     return_dict = _returns_dict(model, arguments)
     if arguments:
         raise TypeError(
-            f"get_image_features: expected {', '.join(adapter.image_arguments)} or return_dict on "
-            f"a patched model, got {', '.join(arguments)}"
+            f"get_{modality}_features: expected {', '.join(adapter.image_arguments)} or "
+            f"return_dict on a patched model, got {', '.join(arguments)}"
         )
-    encoded = encode_images(model, adapter, images)
-    return image_features_output(list(encoded.features.split(encoded.lengths)), return_dict)
+    tokens = encode_images(model, adapter, images).get(modality)
+    if tokens is None:  # a batch of none
+        return image_features_output([], return_dict)
+    output = image_features_output(list(tokens.features.split(tokens.lengths)), return_dict)
+    if not isinstance(output, (list, tuple)):
+        setattr(output, PLACEHOLDERS_ATTRIBUTE, tokens.placeholders)
+    return output
 
 
 def take_images(adapter: Adapter, arguments: dict[str, Any]) -> dict[str, Any]:
     """Remove the arguments that describe images and return them."""
-    return {name: arguments.pop(name) for name in adapter.image_arguments if name in arguments}
+    images = {name: arguments.pop(name) for name in adapter.image_arguments if name in arguments}
+    return adapter.renamed(images)
 
 
 def check_cache_is_empty(cache: Any) -> None:
@@ -114,12 +126,38 @@ def check_cache_is_empty(cache: Any) -> None:
         )
 
 
-def encode_images(model: Any, adapter: Adapter, images: Mapping[str, Any]) -> ImageTokens:
-    """Encode, prune, merge and project; note the lengths on `model.prumerge`."""
+def encode_images(
+    model: Any, adapter: Adapter, images: Mapping[str, Any]
+) -> dict[str, ImageTokens]:
+    """Encode, prune, merge and project, by modality; note the lengths on `model.prumerge`."""
     state = model.prumerge
     encoded = adapter.encode(model, images, state.config, state.backend)
-    state.last_lengths = tuple(encoded.lengths)
+    state.last_lengths = tuple(length for tokens in encoded.values() for length in tokens.lengths)
     return encoded
+
+
+def lay_out_prompt(
+    model: Any,
+    adapter: Adapter,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    encoded: Mapping[str, ImageTokens],
+    side: Literal["left", "right"],
+    last_columns: int = 0,
+) -> PromptLayout:
+    """`shrink_prompt` for these images and videos, padded on `side`."""
+    visual = [
+        Placeholders(
+            modality,
+            adapter.placeholder_id(model, modality),
+            tokens.placeholders,
+            tokens.lengths,
+        )
+        for modality, tokens in encoded.items()
+    ]
+    return shrink_prompt(
+        input_ids, attention_mask, visual, padding_side=side, last_columns=last_columns
+    )
 
 
 def embed_prompt(
@@ -128,13 +166,16 @@ def embed_prompt(
     layout: PromptLayout,
     input_ids: Tensor,
     attention_mask: Tensor | None,
-    encoded: ImageTokens,
+    encoded: Mapping[str, ImageTokens],
 ) -> Tensor:
     """Embeddings [B, S, D] of the shrunk prompt, with the visual tokens in place."""
-    is_image = layout.gather(input_ids == adapter.image_token_id(model), False)  # [B, S]
     embeds = model.get_input_embeddings()(layout.ids(input_ids, attention_mask))  # [B, S, D]
-    features = encoded.features.to(embeds.device, embeds.dtype)  # [sum of lengths, D]
-    return embeds.masked_scatter(is_image.to(embeds.device)[..., None], features)
+    for modality, tokens in encoded.items():
+        is_placeholder = input_ids == adapter.placeholder_id(model, modality)  # [B, L]
+        mask = layout.gather(is_placeholder, False).to(embeds.device)  # [B, S]
+        features = tokens.features.to(embeds.device, embeds.dtype)  # [sum of lengths, D]
+        embeds = embeds.masked_scatter(mask[..., None], features)
+    return embeds
 
 
 def check_prompt(input_ids: Any, attention_mask: Any, inputs_embeds: Any) -> None:
@@ -180,14 +221,17 @@ def check_no_placeholders(
     model: Any, adapter: Adapter, input_ids: Any, images: Mapping[str, Any]
 ) -> None:
     """Raise `ValueError` if an empty batch of images comes with placeholders of images."""
-    if images.get("pixel_values") is None or not isinstance(input_ids, Tensor):
+    if not isinstance(input_ids, Tensor):
         return
-    tokens = int((input_ids == adapter.image_token_id(model)).sum())
-    if tokens:
-        raise ValueError(
-            "Image features and image tokens do not match: input_ids holds "
-            f"{tokens} image tokens, and pixel_values no image"
-        )
+    for modality, pixels in adapter.pixels.items():
+        if images.get(pixels) is None or len(images[pixels]) > 0:
+            continue
+        tokens = int((input_ids == adapter.placeholder_id(model, modality)).sum())
+        if tokens:
+            raise ValueError(
+                f"{modality.capitalize()} features and {modality} tokens do not match: input_ids "
+                f"holds {tokens} {modality} tokens, and {pixels} no {modality}"
+            )
 
 
 def _check_packing(arguments: dict[str, Any], layout: PromptLayout) -> None:
@@ -229,15 +273,7 @@ def _forward_with_images(
     logits_to_keep = arguments.get("logits_to_keep", 0)
     if logits_to_keep:  # the caller's last columns
         side, last_columns = "left", max(last_columns, logits_to_keep)
-    layout = shrink_prompt(
-        input_ids,
-        attention_mask,
-        adapter.image_token_id(model),
-        encoded.placeholders,
-        encoded.lengths,
-        padding_side=side,
-        last_columns=last_columns,
-    )
+    layout = lay_out_prompt(model, adapter, input_ids, attention_mask, encoded, side, last_columns)
     if attention_mask is None:
         _check_packing(arguments, layout)
     arguments["inputs_embeds"] = embed_prompt(
@@ -249,7 +285,8 @@ def _forward_with_images(
 
     return_dict = _returns_dict(model, arguments)
     outputs = original(**arguments, return_dict=True)
-    outputs["image_hidden_states"] = encoded.features
+    for modality, tokens in encoded.items():
+        outputs[f"{modality}_hidden_states"] = tokens.features
     if outputs.past_key_values is not None:
         remember_layout(outputs.past_key_values, layout)
     return outputs if return_dict else outputs.to_tuple()

@@ -21,6 +21,7 @@ from prumerge_fast.forward import (
     check_prompt,
     embed_prompt,
     encode_images,
+    lay_out_prompt,
     named_arguments,
     shrink_per_token,
     take_images,
@@ -30,7 +31,6 @@ from prumerge_fast.prompt import (
     forget_layout,
     remember_layout,
     remembered_layout,
-    shrink_prompt,
 )
 from prumerge_fast.versions import is_default_length, set_length
 
@@ -131,9 +131,9 @@ def generate(
     layout = remembered_layout(cache)
     if layout is not None:
         return _generate_later_turn(model, adapter, original, arguments, layout)
+    prompt = arguments.get("input_ids", arguments.get("inputs"))
+    check_no_placeholders(model, adapter, prompt, images)
     if not adapter.has_images(images):
-        prompt = arguments.get("input_ids", arguments.get("inputs"))
-        check_no_placeholders(model, adapter, prompt, images)
         return original(**arguments)
     check_cache_is_empty(cache)
     options = _resolved_options(model, original, arguments)
@@ -145,14 +145,8 @@ def generate(
     if attention_mask is None:
         attention_mask = _inferred_mask(options, input_ids)
     encoded = encode_images(model, adapter, images)
-    layout = shrink_prompt(
-        input_ids,
-        attention_mask,
-        adapter.image_token_id(model),
-        encoded.placeholders,
-        encoded.lengths,
-        padding_side="left",  # decoding appends on the right
-    )
+    # Decoding appends on the right.
+    layout = lay_out_prompt(model, adapter, input_ids, attention_mask, encoded, side="left")
     arguments["inputs_embeds"] = embed_prompt(
         model, adapter, layout, input_ids, attention_mask, encoded
     )
@@ -184,7 +178,8 @@ def _generate_later_turn(
             f"{held} tokens whose keys and values past_key_values holds, got "
             f"{list(input_ids.shape)} and {list(attention_mask.shape)}"
         )
-    if (input_ids[:, held:] == adapter.image_token_id(model)).any():
+    later = input_ids[:, held:]
+    if any((later == adapter.placeholder_id(model, kind)).any() for kind in adapter.pixels):
         raise ValueError(
             "input_ids: expected no image behind the tokens in past_key_values on a patched "
             "model; pass the conversation without past_key_values"

@@ -35,7 +35,7 @@ class PruMergeState:
     Args:
         config: The options.
         backend: As asked for: `"auto"`, `"triton"`, `"torch"` or `"reference"`.
-        last_lengths: Tokens of each image when images were last encoded.
+        last_lengths: Tokens of each image, then of each video, when any were last encoded.
     """
 
     config: PruMergeConfig
@@ -189,7 +189,7 @@ def _patched_class(base: Any) -> Any:
     names = ("__module__", "__qualname__", "__doc__")
     namespace = {
         **{name: getattr(base, name) for name in names},
-        **{name: overriding(name, override) for name, override in adapter.overrides().items()},
+        **{name: overriding(name, override) for name, override in adapter.overrides(base).items()},
         "__init__": __init__,
         "__reduce_ex__": __reduce_ex__,
         "_prumerge_base": base,
@@ -211,7 +211,7 @@ def _check_methods(model: Any) -> None:
             "model: its `forward` was replaced on the instance, which patching and unpatching "
             "would not reach; undo that first, and patch before wrapping"
         )
-    for name in adapter_for(model).overrides():
+    for name in adapter_for(model).overrides(type(model)):
         if name != "forward" and name in model.__dict__:
             raise UnsupportedModelError(
                 f"model: expected the `{name}` of its class, but it was replaced on the instance"

@@ -7,14 +7,31 @@ cache so that later steps may go on in the caller's terms.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 IGNORED_LABEL = -100  # what transformers' losses skip
 _CACHE_ATTRIBUTE = "_prumerge_layout"
+
+
+class Placeholders(NamedTuple):
+    """The images, or the videos, whose tokens stand in prompts.
+
+    Args:
+        modality: `"image"` or `"video"`.
+        token_id: Id of their placeholder token.
+        counts: Number of placeholders of each in the caller's prompt.
+        lengths: Number of tokens of each.
+    """
+
+    modality: str
+    token_id: int
+    counts: list[int]
+    lengths: list[int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,14 +133,12 @@ class PromptLayout:
 def shrink_prompt(
     input_ids: Tensor,
     attention_mask: Tensor | None,
-    image_token_id: int,
-    placeholders: list[int],
-    lengths: list[int],
+    visual: Sequence[Placeholders],
     *,
     padding_side: Literal["left", "right"],
     last_columns: int = 0,
 ) -> PromptLayout:
-    """Lay out prompts in which each image has `lengths` tokens in place of its `placeholders`.
+    """Lay out prompts in which each image has as many tokens as it has, in place of placeholders.
 
     Placeholders belong to images in the order of the prompts. An image keeps its first ones; with
     more tokens than placeholders, its last placeholder stands for the rest. A row's outer padding
@@ -132,9 +147,7 @@ def shrink_prompt(
     Args:
         input_ids: [B, L].
         attention_mask: [B, L] or None (no padding).
-        image_token_id: Id of the placeholders.
-        placeholders: Of each image.
-        lengths: Of each image.
+        visual: The images, the videos, or both.
         padding_side: Where shorter rows are filled up.
         last_columns: Number of columns at the end that stay, padding or not.
 
@@ -142,26 +155,22 @@ def shrink_prompt(
         ValueError: Placeholders and images do not match, an image is cut by the end of a prompt,
             or nothing is left of one.
     """
-    is_image = (input_ids == image_token_id).cpu()  # [B, L]
-    _check_placeholders(is_image, placeholders)
-    repeats = torch.ones_like(is_image, dtype=torch.int64)  # [B, L]
-    if placeholders:
-        expected, given = torch.tensor(placeholders), torch.tensor(lengths)  # [images]
-        ends = expected.cumsum(0)
-        ordinal = torch.arange(int(ends[-1]))
-        image = torch.searchsorted(ends, ordinal, right=True)  # [placeholders]
-        offset = ordinal - (ends - expected)[image]
-        extra = (given - expected).clamp(min=0)[image]
-        copies = (offset < given[image]) + extra * (offset == expected[image] - 1)
-        repeats[is_image] = copies
-    real = torch.ones_like(is_image) if attention_mask is None else attention_mask.cpu() != 0
+    ids = input_ids.cpu()  # [B, L]
+    repeats = torch.ones_like(ids, dtype=torch.int64)  # [B, L]
+    is_visual = torch.zeros_like(ids, dtype=torch.bool)  # [B, L]
+    for placeholders in visual:
+        is_placeholder = ids == placeholders.token_id  # [B, L]
+        _check_placeholders(is_placeholder, placeholders)
+        repeats[is_placeholder] = _copies(placeholders)
+        is_visual |= is_placeholder
+    real = torch.ones_like(is_visual) if attention_mask is None else attention_mask.cpu() != 0
     if not real.any(1).all():
         raise ValueError(
             "attention_mask: expected a token to attend to in each prompt, got none in prompt "
             f"{int((~real.any(1)).int().argmax())}"
         )
-    stays = torch.arange(input_ids.shape[1]) >= input_ids.shape[1] - last_columns  # [L]
-    inside = _inside(real | is_image | stays)  # [B, L]
+    stays = torch.arange(ids.shape[1]) >= ids.shape[1] - last_columns  # [L]
+    inside = _inside(real | is_visual | stays)  # [B, L]
     repeats *= inside
 
     counts = repeats.sum(1)  # [B]
@@ -169,7 +178,7 @@ def shrink_prompt(
     if not counts.all():
         empty = int((counts == 0).int().argmax())
         raise ValueError(f"input_ids: nothing is left of prompt {empty} without its image tokens")
-    columns = torch.arange(input_ids.shape[1]).expand_as(is_image)  # [B, L]
+    columns = torch.arange(ids.shape[1]).expand_as(ids)  # [B, L]
     slots = torch.arange(width)
     filled = (  # [B, S]
         slots >= (width - counts)[:, None] if padding_side == "left" else slots < counts[:, None]
@@ -228,19 +237,32 @@ def remembered_layout(cache: Any) -> PromptLayout | None:
     return layout
 
 
-def _check_placeholders(is_image: Tensor, placeholders: list[int]) -> None:
-    tokens, features = int(is_image.sum()), sum(placeholders)
+def _copies(placeholders: Placeholders) -> Tensor:
+    """How many tokens each placeholder stands for, [sum of counts] int64."""
+    expected = torch.tensor(placeholders.counts, dtype=torch.int64)  # [images]
+    given = torch.tensor(placeholders.lengths, dtype=torch.int64)  # [images]
+    ends = expected.cumsum(0)
+    ordinal = torch.arange(sum(placeholders.counts))
+    image = torch.searchsorted(ends, ordinal, right=True)  # [placeholders]
+    offset = ordinal - (ends - expected)[image]
+    extra = (given - expected).clamp(min=0)[image]
+    return (offset < given[image]) + extra * (offset == expected[image] - 1)
+
+
+def _check_placeholders(is_placeholder: Tensor, placeholders: Placeholders) -> None:
+    modality, counts = placeholders.modality, placeholders.counts
+    tokens, features = int(is_placeholder.sum()), sum(counts)
     if tokens != features:
         raise ValueError(
-            "Image features and image tokens do not match: input_ids holds "
-            f"{tokens} image tokens, expected {features} for {len(placeholders)} images"
+            f"{modality.capitalize()} features and {modality} tokens do not match: input_ids holds "
+            f"{tokens} {modality} tokens, expected {features} for {len(counts)} {modality}s"
         )
-    row_ends = is_image.sum(1).cumsum(0)
-    image_ends = torch.tensor([0, *placeholders]).cumsum(0)
+    row_ends = is_placeholder.sum(1).cumsum(0)
+    image_ends = torch.tensor([0, *counts]).cumsum(0)
     if not torch.isin(row_ends, image_ends).all():
         raise ValueError(
-            "input_ids: expected each prompt to hold all image tokens of its images, got "
-            f"{is_image.sum(1).tolist()} image tokens in the prompts"
+            f"input_ids: expected each prompt to hold all {modality} tokens of its {modality}s, "
+            f"got {is_placeholder.sum(1).tolist()} {modality} tokens in the prompts"
         )
 
 

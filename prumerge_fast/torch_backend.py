@@ -26,7 +26,7 @@ def prune_merge_torch(
     Args:
         query: [B, C], the class token's query.
         keys: [B, 1+N, C].
-        hidden: [B, 1+N, C].
+        hidden: [B, 1+N, S * C].
         config: What to keep and how to merge.
 
     Returns:

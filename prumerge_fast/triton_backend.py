@@ -26,30 +26,36 @@ _NO_BUDGET = -1  # operators take the budget as a plain `int`
 def prune_merge_triton(
     query: Tensor, keys: Tensor, hidden: Tensor, config: PruMergeConfig
 ) -> MergedTokens:
-    """Reduce the patch tokens of B images in one kernel launch.
+    """Reduce the patch tokens of B images in one kernel launch for each feature layer.
 
     Args:
         query: [B, C], the class token's query.
         keys: [B, 1+N, C].
-        hidden: [B, 1+N, C].
+        hidden: [B, 1+N, S * C]; the kernel takes C channels, so that it runs S times.
         config: What to keep and how to merge.
 
     Returns:
         Rows padded to the longest image, in the dtype of `hidden`; computed in float32.
     """
     budget = config.budget(keys.shape[1] - 1)
-    tokens, lengths, kept, attention = torch.ops.prumerge_fast.prune_merge(
-        query,
-        keys,
-        hidden,
-        _NO_BUDGET if budget is None else budget,
-        config.variant,
-        config.neighbours,
-        config.fence,
-        config.merge,
-        config.supplement,
-        config.order,
-    )
+    launches = [
+        torch.ops.prumerge_fast.prune_merge(
+            query,
+            keys,
+            layer,
+            _NO_BUDGET if budget is None else budget,
+            config.variant,
+            config.neighbours,
+            config.fence,
+            config.merge,
+            config.supplement,
+            config.order,
+        )
+        for layer in hidden.split(keys.shape[2], dim=2)  # [B, 1+N, C] each
+    ]
+    tokens, lengths, kept, attention = launches[0]
+    if len(launches) > 1:  # all selected the same tokens
+        tokens = torch.cat([launch[0] for launch in launches], dim=2)
     if budget is None:
         longest = int(lengths.max()) if len(lengths) else int(config.supplement)
         tokens, kept = tokens[:, :longest], kept[:, :longest]

@@ -26,6 +26,12 @@ def run_encoder_layer(layer: Any, hidden: Tensor) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def configured_feature_layer(config: Any) -> Any:
+    """`vision_feature_layer` of a model's configuration; that of ViP-LLaVA in 4.x adds an "s"."""
+    name = "vision_feature_layers"
+    return getattr(config, name) if hasattr(config, name) else config.vision_feature_layer
+
+
 def image_features_output(features: list[Tensor], return_dict: bool) -> Any:
     """What `get_image_features` returns: 4.x the list itself, 5.x an output that holds it."""
     import transformers

@@ -7,9 +7,11 @@ its attention, values, output projection and MLP, changes nothing in the feature
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from prumerge_fast.errors import UnsupportedModelError
@@ -45,22 +47,30 @@ def reading_layer(tower: Any, feature_layer: object) -> int:
     Args:
         tower: A CLIP vision tower with L encoder layers.
         feature_layer: `vision_feature_layer` as transformers counts it: 0 is the output of the
-            embeddings, -1 that of the last layer.
+            embeddings, -1 that of the last layer. Of several, the deepest counts.
 
     Raises:
-        UnsupportedModelError: It is a list, out of range, or the last layer's output, which no
-            layer reads, so that there are no queries and keys of it.
+        UnsupportedModelError: It is no int or list of ints, out of range, or the last layer's
+            output, which no layer reads, so that there are no queries and keys of it.
     """
-    return layer_index(len(clip_transformer(tower).encoder.layers), feature_layer)
+    return max(_layer_indices(tower, feature_layer))
 
 
-def layer_index(layers: int, feature_layer: object, name: str = "vision_feature_layer") -> int:
+def _layer_indices(tower: Any, feature_layer: object) -> list[int]:
+    """Indices 0 .. L-1 into `hidden_states`, one or several."""
+    layers, name = len(clip_transformer(tower).encoder.layers), "vision_feature_layer"
+    if not isinstance(feature_layer, (list, tuple)):
+        return [layer_index(layers, feature_layer, name)]
+    if not feature_layer:
+        raise UnsupportedModelError(f"{name}: expected an int or several, got {feature_layer!r}")
+    return [layer_index(layers, one, f"{name}[{i}]") for i, one in enumerate(feature_layer)]
+
+
+def layer_index(layers: int, feature_layer: object, name: str) -> int:
     """`reading_layer` for a tower of so many layers; errors call the option `name`."""
     expected = f"{name}: expected one int"
     if isinstance(feature_layer, bool) or not isinstance(feature_layer, int):
-        raise UnsupportedModelError(
-            f"{expected}, got {feature_layer!r}; several feature layers have no common keys"
-        )
+        raise UnsupportedModelError(f"{expected}, got {feature_layer!r}")
     index = feature_layer if feature_layer >= 0 else layers + 1 + feature_layer
     if index == layers:
         raise UnsupportedModelError(
@@ -76,7 +86,7 @@ def layer_index(layers: int, feature_layer: object, name: str = "vision_feature_
 
 
 def query_keys_hidden(
-    tower: Any, pixel_values: Tensor, feature_layer: int
+    tower: Any, pixel_values: Tensor, feature_layer: int | Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Features of the images, and the query and keys that PruMerge scores them with.
 
@@ -89,7 +99,9 @@ def query_keys_hidden(
 
     Returns:
         query [B, C] of the class token, keys [B, 1+N, C], and hidden [B, 1+N, C], which equals
-        `hidden_states[feature_layer]` of the tower; all in the dtype of hidden.
+        `hidden_states[feature_layer]` of the tower; all in the dtype of hidden. With S feature
+        layers, hidden [B, 1+N, S * C] has them side by side in the order given, and query and
+        keys are those of the layer that reads the deepest.
 
     Raises:
         UnsupportedModelError: No layer reads `feature_layer`, or the tower's weights are offloaded
@@ -101,17 +113,22 @@ def query_keys_hidden(
 
 
 def _query_keys_hidden(
-    tower: Any, pixel_values: Tensor, feature_layer: int
+    tower: Any, pixel_values: Tensor, feature_layer: int | Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     transformer = clip_transformer(tower)
-    index = reading_layer(tower, feature_layer)
-    hidden = transformer.pre_layrnorm(transformer.embeddings(pixel_values))  # [B, 1+N, C]
-    for layer in transformer.encoder.layers[:index]:
-        hidden = run_encoder_layer(layer, hidden)  # [B, 1+N, C]
-    reader = transformer.encoder.layers[index]
-    normed = reader.layer_norm1(hidden)  # [B, 1+N, C]
+    indices = _layer_indices(tower, feature_layer)
+    deepest = max(indices)
+    state = transformer.pre_layrnorm(transformer.embeddings(pixel_values))  # [B, 1+N, C]
+    states = {0: state}
+    for index, layer in enumerate(transformer.encoder.layers[:deepest], start=1):
+        state = run_encoder_layer(layer, state)  # [B, 1+N, C]
+        if index in indices:
+            states[index] = state
+    reader = transformer.encoder.layers[deepest]
+    normed = reader.layer_norm1(state)  # [B, 1+N, C]
     keys = reader.self_attn.k_proj(normed)  # [B, 1+N, C]
     query = reader.self_attn.q_proj(normed[:, 0])  # [B, C]
+    hidden = torch.cat([states[index] for index in indices], dim=-1)  # [B, 1+N, S * C]
     # Under autocast, projections come out in half precision and the residual stream does not.
     return query.to(hidden), keys.to(hidden), hidden
 
@@ -152,7 +169,8 @@ def encode(model: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         pixel_values: As the model takes them; [B, 3, height, width] for LLaVA.
 
     Returns:
-        query [B, C], keys [B, 1+N, C] and hidden [B, 1+N, C], the arguments of `prune_merge`.
+        query [B, C], keys [B, 1+N, C] and hidden [B, 1+N, S * C], the arguments of
+        `prune_merge`; LLaVA-NeXT has them for each crop.
 
     Raises:
         UnsupportedModelError: No family is known for `model`, or it is configured in a way that

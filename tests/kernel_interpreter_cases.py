@@ -62,5 +62,11 @@ def test_golden(name: str, config: PruMergeConfig, suffix: str, dtype: torch.dty
     assert_like_golden(name, config, suffix, dtype)
 
 
+def test_feature_layers_side_by_side(dtype: torch.dtype) -> None:
+    query, keys, hidden = random_inputs(2, 23, 40, dtype)
+    layers = torch.cat((hidden, keys), 2)  # [B, 1+N, 2 * C]
+    assert_like_torch((query, keys, layers), CONFIGS["default"], dtype)
+
+
 def test_patched_generate() -> None:
     assert_generates_like_torch()

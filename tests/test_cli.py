@@ -310,7 +310,7 @@ def test_folders_without_a_usable_model(command, folder, tmp_path, capsys):
     assert "expected a folder with config.json" in refusal(capsys, *command, "--model", tmp_path)
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"model_type": "bert"}))
-    assert "expected one of LlavaForConditionalGeneration, got bert" in refusal(
+    assert "expected a LlavaForConditionalGeneration, got bert" in refusal(
         capsys, *command, "--model", tmp_path
     )
     config.write_text(json.dumps({"model_type": "no-such-model"}))

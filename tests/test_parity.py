@@ -283,6 +283,20 @@ def test_an_infinite_key_is_the_least_similar(backend):
     assert (expected[[2, 4, 5]] > 0).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("keep", [None, 4])
+def test_several_layers_of_features(backend, keep):
+    """Side by side, each layer's as if it were alone."""
+    query, keys, hidden = grid_inputs(3, 30)
+    config = PruMergeConfig(variant="prumerge+", keep=keep, neighbours=5)
+    layers = [hidden, keys * 2, hidden.flip(0)]
+    wide = prune_merge(query, keys, torch.cat(layers, 2), config, backend=backend)
+    for layer, tokens in zip(layers, wide.tokens.chunk(3, 2), strict=True):
+        alone = prune_merge(query, keys, layer, config, backend=backend)
+        assert torch.equal(wide.kept, alone.kept)
+        torch.testing.assert_close(tokens, alone.tokens, **TOLERANCES[hidden.dtype])
+
+
 @pytest.mark.parametrize("merge", ["sum", "average", "none"])
 @pytest.mark.parametrize("keep", [None, 4])
 def test_gradients_equal_the_references(merge, keep):

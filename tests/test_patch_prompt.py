@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prumerge_fast.prompt import (
+    Placeholders,
     PromptLayout,
     forget_layout,
     padding_of,
@@ -18,7 +19,11 @@ from prumerge_fast.prompt import (
     shrink_prompt,
 )
 
-IMAGE = 9
+IMAGE, VIDEO = 9, 10
+
+
+def images(counts: list[int], lengths: list[int]) -> Placeholders:
+    return Placeholders("image", IMAGE, counts, lengths)
 
 
 @st.composite
@@ -63,7 +68,7 @@ def test_against_lists(case: tuple[list[list[list[int]]], str]) -> None:
         start = shrunk - len(source) if side == "left" else 0
         expected[b, start : start + len(source)] = torch.tensor(source) + left[b]
 
-    layout = shrink_prompt(ids, mask, IMAGE, placeholders, lengths, padding_side=side)
+    layout = shrink_prompt(ids, mask, [images(placeholders, lengths)], padding_side=side)
     assert torch.equal(layout.source, expected)
     assert layout.removed == width - shrunk
 
@@ -82,14 +87,14 @@ def test_against_lists(case: tuple[list[list[list[int]]], str]) -> None:
 def test_masked_tokens_inside_stay() -> None:
     ids = torch.tensor([[0, 1, 2, 9, 9, 3, 0]])
     mask = torch.tensor([[0, 1, 0, 1, 1, 1, 0]])
-    layout = shrink_prompt(ids, mask, IMAGE, [2], [1], padding_side="left")
+    layout = shrink_prompt(ids, mask, [images([2], [1])], padding_side="left")
     assert layout.source.tolist() == [[1, 2, 3, 5]]
     assert layout.mask(mask).tolist() == [[1, 0, 1, 1]]
 
 
 def test_labels_of_a_first_column_are_never_predicted() -> None:
     ids = torch.tensor([[1, 9, 9, 2, 3], [1, 9, 9, 4, 5]])
-    layout = shrink_prompt(ids, None, IMAGE, [2, 2], [1, 2], padding_side="left")
+    layout = shrink_prompt(ids, None, [images([2, 2], [1, 2])], padding_side="left")
     labels = layout.labels(ids.masked_fill(ids == IMAGE, -100))
     assert labels.tolist() == [[-100, -100, -100, 2, 3], [-100, -100, -100, 4, 5]]
 
@@ -98,7 +103,7 @@ def test_positions_of_packed_rows() -> None:
     """Two sequences a row, each with an image of 3 placeholders, of which fewer are left."""
     ids = torch.tensor([[1, 9, 9, 9, 2, 9, 9, 9, 3, 4], [1, 2, 9, 9, 9, 3, 4, 9, 9, 9]])
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 0, 1, 2, 3]])
-    layout = shrink_prompt(ids, None, IMAGE, [3] * 4, [1, 2, 2, 0], padding_side="left")
+    layout = shrink_prompt(ids, None, [images([3] * 4, [1, 2, 2, 0])], padding_side="left")
     assert layout.positions(positions).tolist() == [[0, 1, 2, 0, 1, 2, 3], [0, 0, 1, 2, 3, 4, 0]]
     more = torch.cat([positions, torch.tensor([[5], [4]])], 1)
     assert layout.positions(more)[:, -1].tolist() == [4, 1]
@@ -106,9 +111,9 @@ def test_positions_of_packed_rows() -> None:
 
 def test_mask_only_where_it_is_needed() -> None:
     ids = torch.tensor([[1, 9, 9], [1, 9, 9]])
-    layout = shrink_prompt(ids, None, IMAGE, [2, 2], [1, 1], padding_side="left")
+    layout = shrink_prompt(ids, None, [images([2, 2], [1, 1])], padding_side="left")
     assert layout.mask(None) is None
-    layout = shrink_prompt(ids, None, IMAGE, [2, 2], [1, 2], padding_side="left")
+    layout = shrink_prompt(ids, None, [images([2, 2], [1, 2])], padding_side="left")
     assert layout.mask(None).tolist() == [[0, 1, 1], [1, 1, 1]]
 
 
@@ -125,21 +130,33 @@ def test_prompts_that_do_not_fit(
     ids: list[list[int]], placeholders: list[int], lengths: list[int], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        shrink_prompt(torch.tensor(ids), None, IMAGE, placeholders, lengths, padding_side="left")
+        shrink_prompt(torch.tensor(ids), None, [images(placeholders, lengths)], padding_side="left")
 
 
 def test_a_prompt_without_any_token() -> None:
     ids, mask = torch.tensor([[1, 9, 9], [1, 2, 3]]), torch.tensor([[1, 1, 1], [0, 0, 0]])
     with pytest.raises(ValueError, match=r"attention_mask: .*got none in prompt 1"):
-        shrink_prompt(ids, mask, IMAGE, [2], [1], padding_side="left")
+        shrink_prompt(ids, mask, [images([2], [1])], padding_side="left")
 
 
 def test_images_are_real_where_the_mask_leaves_them_out() -> None:
     """Their features have to go somewhere; they stay masked."""
     ids, mask = torch.tensor([[9, 9, 1, 2, 9, 9]]), torch.tensor([[0, 0, 1, 1, 0, 0]])
-    layout = shrink_prompt(ids, mask, IMAGE, [2, 2], [1, 1], padding_side="left")
+    layout = shrink_prompt(ids, mask, [images([2, 2], [1, 1])], padding_side="left")
     assert layout.source.tolist() == [[0, 2, 3, 4]]
     assert layout.mask(mask).tolist() == [[0, 1, 1, 0]]
+
+
+def test_images_and_videos() -> None:
+    """Each in its own placeholders, whatever their order."""
+    ids = torch.tensor([[10, 10, 10, 1, 9, 9], [9, 9, 2, 10, 10, 10]])
+    videos = Placeholders("video", VIDEO, [3, 3], [1, 2])
+    layout = shrink_prompt(ids, None, [images([2, 2], [2, 1]), videos], padding_side="left")
+    assert layout.source.tolist() == [[0, 3, 4, 5], [0, 2, 3, 4]]
+    alone = shrink_prompt(ids, None, [videos], padding_side="left")
+    assert alone.source.tolist() == [[-1, 0, 3, 4, 5], [0, 1, 2, 3, 4]]
+    with pytest.raises(ValueError, match=r"Video features and video tokens.*6 video.*expected 2"):
+        shrink_prompt(ids, None, [videos._replace(counts=[2])], padding_side="left")
 
 
 @pytest.mark.parametrize(
@@ -160,7 +177,7 @@ def test_padding_of(mask: list[list[int]] | None, expected: tuple[str, int]) -> 
 def test_last_columns_stay() -> None:
     ids = torch.tensor([[0, 1, 9, 9, 2, 0, 0], [1, 3, 9, 9, 4, 5, 0]])
     mask = (ids != 0).long()
-    layout = shrink_prompt(ids, mask, IMAGE, [2, 2], [1, 1], padding_side="left", last_columns=2)
+    layout = shrink_prompt(ids, mask, [images([2, 2], [1, 1])], padding_side="left", last_columns=2)
     assert layout.source.tolist() == [[-1, 1, 2, 4, 5, 6], [0, 1, 2, 4, 5, 6]]
     assert layout.mask(mask).tolist() == [[0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]]
 
@@ -171,7 +188,7 @@ def test_later_positions_behind_padding_on_both_sides() -> None:
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     later = mask.sum(1, keepdim=True)
     for side in ("left", "right"):
-        layout = shrink_prompt(ids, mask, IMAGE, [3], [1], padding_side=side)
+        layout = shrink_prompt(ids, mask, [images([3], [1])], padding_side=side)
         short = layout.mask(mask)
         assert torch.equal(layout.later_positions(later), short.sum(1, keepdim=True))
         assert torch.equal(layout.positions(positions) * short, (short.cumsum(1) - 1) * short)

@@ -40,6 +40,18 @@ def test_equals_the_whole_tower(attention: str, feature_layer: int) -> None:
     torch.testing.assert_close(query, seen["q_proj"][:, 0])  # one row: another matrix product
 
 
+def test_several_feature_layers() -> None:
+    """Side by side as given; the deepest decides what reads them."""
+    tower, pixel_values, layers = tiny_llava().model.vision_tower, images(3), [-3, 0, 3, 1]
+    with torch.no_grad():
+        states = tower(pixel_values, output_hidden_states=True).hidden_states
+        query, keys, hidden = query_keys_hidden(tower, pixel_values, layers)
+        of_the_deepest = query_keys_hidden(tower, pixel_values, 3)
+    assert torch.equal(hidden, torch.cat([states[layer] for layer in layers], -1))
+    assert torch.equal(query, of_the_deepest[0])
+    assert torch.equal(keys, of_the_deepest[1])
+
+
 def test_skips_the_rest_of_the_reading_layer() -> None:
     model = patch(tiny_llava())
     tower = clip_transformer(model.model.vision_tower)
@@ -92,8 +104,10 @@ def test_num_patches() -> None:
         (4, "no layer reads"),
         (5, "from -5 to 3"),
         (-6, "from -5 to 3"),
-        ([-2], "one int"),
-        ([-2, -3], "no common keys"),
+        ([-2, -1], "no layer reads"),
+        ([-2, 7], "from -5 to 3"),
+        ([], r"an int or several, got \[\]"),
+        ([-2, True], r"\[1\]: expected one int"),
         (True, "one int"),
         ("last", "one int"),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -16,7 +16,7 @@ from transformers import (
 from prumerge_fast.config import PruMergeConfig
 from prumerge_fast.dispatch import prune_merge
 
-IMAGE, PAD, BOS, EOS, VOCAB = 90, 89, 1, 2, 91
+IMAGE, VIDEO, PAD, BOS, EOS, VOCAB = 90, 88, 89, 1, 2, 91
 PATCHES = 25  # 5 x 5 patches of 6 pixels
 
 
@@ -24,6 +24,14 @@ def tiny_llava(
     seed: int = 0, attention: str = "sdpa", feature_layer: Any = -2, **options: Any
 ) -> LlavaForConditionalGeneration:
     """A LLaVA with a CLIP tower of 4 layers x 64 and a Llama of 2 layers x 64, in eval mode."""
+    options = {"vision_feature_layer": feature_layer, "image_seq_length": PATCHES, **options}
+    return tiny_model(LlavaForConditionalGeneration, LlavaConfig, seed, attention, **options)
+
+
+def tiny_model(
+    model_class: Any, config_class: Any, seed: int = 0, attention: str = "sdpa", **options: Any
+) -> Any:
+    """A model of a family, of that size, with weights under which answers depend on everything."""
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(
         hidden_size=64,
@@ -46,23 +54,17 @@ def tiny_llava(
         bos_token_id=BOS,
         eos_token_id=EOS,
     )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=IMAGE,
-        image_token_index=IMAGE,
-        vision_feature_layer=feature_layer,
-        image_seq_length=PATCHES,
-        **options,
+    config = config_class(
+        vision_config=vision, text_config=text, image_token_index=IMAGE, **options
     )
-    model = LlavaForConditionalGeneration._from_config(config, attn_implementation=attention)
+    model = model_class._from_config(config, attn_implementation=attention)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "vision_tower" in name and ("q_proj" in name or "k_proj" in name):
+            if "_tower" in name and ("q_proj" in name or "k_proj" in name):
                 parameter.mul_(6)  # attention with outliers, so that images keep unequal numbers
-            if "lm_head" in name or "language_model" in name or "projector" in name:
+            if "lm_head" in name or "language_model" in name or "projector.linear" in name:
                 parameter.mul_(4)  # far-apart logits, so that answers depend on all of the prompt
-        model.lm_head.weight[IMAGE] = 0  # so that it is never the answer
+        model.lm_head.weight[[IMAGE, VIDEO]] = 0  # so that they are never the answer
     model.generation_config.pad_token_id = PAD
     model.generation_config.eos_token_id = EOS
     return model.eval()
@@ -94,6 +96,35 @@ def batch(prompts: list[list[int]], side: str = "left") -> dict[str, Tensor]:
     return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 
+@torch.no_grad()
+def tower_outputs(
+    tower: Any, pixel_values: Tensor, *feature_layers: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, keys and features [B, 1+N, C], from all hidden states of the whole tower."""
+    states = tower(pixel_values, output_hidden_states=True).hidden_states
+    layers = getattr(tower, "vision_model", tower).encoder.layers
+    deepest = max(layer % len(states) for layer in feature_layers)
+    reader = layers[deepest]
+    normed = reader.layer_norm1(states[deepest])
+    hidden = torch.cat([states[layer] for layer in feature_layers], -1)
+    return reader.self_attn.q_proj(normed), reader.self_attn.k_proj(normed), hidden
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Class and attributes of every module."""
+    return {name: (type(module), dict(vars(module))) for name, module in model.named_modules()}
+
+
+def same(before: dict[str, Any], after: dict[str, Any]) -> bool:
+    """Whether two snapshots hold the very same objects."""
+    return before.keys() == after.keys() and all(
+        kind is after[name][0]
+        and attributes.keys() == after[name][1].keys()
+        and all(value is after[name][1][key] for key, value in attributes.items())
+        for name, (kind, attributes) in before.items()
+    )
+
+
 class Oracle:
     """Runs a model that is not patched on prompts pruned by hand, one prompt at a time."""
 
@@ -103,15 +134,8 @@ class Oracle:
     @torch.no_grad()
     def features(self, pixel_values: Tensor, feature_layer: int = -2) -> list[Tensor]:
         """The reduced, projected tokens of each image."""
-        tower = self.model.model.vision_tower
-        states = tower(pixel_values, output_hidden_states=True).hidden_states
-        layers = getattr(tower, "vision_model", tower).encoder.layers
-        hidden = states[feature_layer]  # [B, 1+N, C]
-        reader = layers[feature_layer % (len(layers) + 1)]
-        normed = reader.layer_norm1(hidden)
-        keys = reader.self_attn.k_proj(normed)
-        query = reader.self_attn.q_proj(normed)  # [B, 1+N, C]
-        merged = prune_merge(query, keys, hidden, self.config, backend="reference")
+        inputs = tower_outputs(self.model.model.vision_tower, pixel_values, feature_layer)
+        merged = prune_merge(*inputs, self.config, backend="reference")
         return [self.model.model.multi_modal_projector(tokens) for tokens in merged.split()]
 
     @torch.no_grad()

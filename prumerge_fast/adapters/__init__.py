@@ -10,27 +10,40 @@ from prumerge_fast.errors import UnsupportedModelError
 
 
 class Family(NamedTuple):
-    """A model family: its name for people, and the module whose `ADAPTER` knows it.
-
-    The command line loads those of transformers.
-    """
+    """A model family: its name for people, and the module whose `ADAPTER` knows it."""
 
     title: str
     module: str
-    in_transformers: bool = True
 
 
-_ORIGINAL = Family("the original LLaVA package", "prumerge_fast.adapters.original", False)
-_ORIGINAL_TOWER = Family("its vision tower", "prumerge_fast.adapters.original_tower", False)
+_ORIGINAL = Family("the original LLaVA package", "prumerge_fast.adapters.original")
+_ORIGINAL_TOWER = Family("its vision tower", "prumerge_fast.adapters.original_tower")
 
 FAMILIES = {
     "LlavaForConditionalGeneration": Family(
         "LLaVA in transformers", "prumerge_fast.adapters.llava"
     ),
+    "LlavaNextForConditionalGeneration": Family(
+        "LLaVA-NeXT in transformers", "prumerge_fast.adapters.llava_next"
+    ),
+    "LlavaNextVideoForConditionalGeneration": Family(
+        "LLaVA-NeXT-Video in transformers", "prumerge_fast.adapters.llava_next_video"
+    ),
+    "VideoLlavaForConditionalGeneration": Family(
+        "Video-LLaVA in transformers", "prumerge_fast.adapters.video_llava"
+    ),
+    "VipLlavaForConditionalGeneration": Family(
+        "ViP-LLaVA in transformers", "prumerge_fast.adapters.vipllava"
+    ),
     "LlavaLlamaForCausalLM": _ORIGINAL,
     "LlavaMistralForCausalLM": _ORIGINAL,
     "LlavaMptForCausalLM": _ORIGINAL,
     "CLIPVisionTower": _ORIGINAL_TOWER,
+}
+# Models that people try, and why they cannot be pruned.
+_WITHOUT_CLASS_TOKEN = {
+    "LlavaOnevisionForConditionalGeneration": "SigLIP",
+    "Mistral3ForConditionalGeneration": "Pixtral",
 }
 
 
@@ -48,6 +61,12 @@ def adapter_for_class(model_class: type) -> BaseAdapter:
     for cls in model_class.__mro__:
         if cls.__name__ in FAMILIES:
             return import_module(FAMILIES[cls.__name__].module).ADAPTER
+    for cls in model_class.__mro__:
+        if cls.__name__ in _WITHOUT_CLASS_TOKEN:
+            raise UnsupportedModelError(
+                f"model: {cls.__name__} cannot be pruned: its {_WITHOUT_CLASS_TOKEN[cls.__name__]} "
+                "vision tower has no class token, whose attention PruMerge ranks patches by"
+            )
     supported = ", ".join(f"{name} ({family.title})" for name, family in FAMILIES.items())
     raise UnsupportedModelError(
         f"model: expected a supported model, got {model_class.__name__}; supported: {supported}"

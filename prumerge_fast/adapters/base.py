@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,10 +13,13 @@ from torch import Tensor
 
 from prumerge_fast.config import PruMergeConfig
 
+PLACEHOLDERS_ATTRIBUTE = "_prumerge_placeholders"
+"""On encoded images: how many placeholders each had before it was pruned."""
+
 
 @dataclass(frozen=True, eq=False)
 class ImageTokens:
-    """The visual tokens of n images as the language model reads them.
+    """The visual tokens of n images, or videos, as the language model reads them.
 
     Args:
         features: [sum of lengths, D], image after image.
@@ -41,7 +45,7 @@ class BaseAdapter(ABC):
 
     @abstractmethod
     def num_patches(self, model: Any) -> int:
-        """N, the number of patch tokens that one pruning chooses from."""
+        """N, the number of patch tokens that one pruning chooses from, at most."""
 
     @abstractmethod
     def query_keys_hidden(
@@ -50,7 +54,7 @@ class BaseAdapter(ABC):
         """The arguments of `prune_merge` for these images."""
 
     @abstractmethod
-    def overrides(self) -> Mapping[str, Override]:
+    def overrides(self, model_class: type) -> Mapping[str, Override]:
         """The methods of a patched model that differ from those of its class, by name."""
 
     def device(self, model: Any) -> torch.device:
@@ -61,18 +65,27 @@ class BaseAdapter(ABC):
 class Adapter(BaseAdapter):
     """A family in transformers, whose prompts hold as many placeholders as there are features.
 
-    Methods take the arguments of the model's `forward` that describe images, by name (`images`).
+    Methods take the arguments of the model's `forward` that describe images and videos, by name
+    (`images`). A modality is `"image"` or `"video"`.
     """
 
     image_arguments: ClassVar[tuple[str, ...]]
     """Names of those arguments."""
 
-    def overrides(self) -> Mapping[str, Override]:
+    pixels: ClassVar[dict[str, str]] = {"image": "pixel_values"}
+    """For each modality of the family, the argument that holds its pixels."""
+
+    def overrides(self, model_class: type) -> Mapping[str, Override]:
         from prumerge_fast import forward, generation  # they import this module
 
+        features: dict[str, Override] = {
+            f"get_{modality}_features": functools.partial(forward.get_features, modality)
+            for modality in self.pixels
+            if hasattr(model_class, f"get_{modality}_features")
+        }
         return {
+            **features,
             "forward": forward.forward,
-            "get_image_features": forward.get_image_features,
             "generate": torch.no_grad()(generation.generate),
             "_get_logits_processor": lambda model, adapter, original, args, kwargs: (
                 generation.logits_processors(original, *args, **kwargs)
@@ -83,15 +96,19 @@ class Adapter(BaseAdapter):
         }
 
     @abstractmethod
-    def image_token_id(self, model: Any) -> int:
+    def placeholder_id(self, model: Any, modality: str) -> int:
         """Id of the placeholder token in prompts."""
+
+    def renamed(self, images: dict[str, Any]) -> dict[str, Any]:
+        """These arguments, as `pixels` names them in every version of transformers."""
+        return images
 
     @abstractmethod
     def has_images(self, images: Mapping[str, Any]) -> bool:
-        """Whether these arguments hold any image."""
+        """Whether these arguments hold any image or video."""
 
     @abstractmethod
     def encode(
         self, model: Any, images: Mapping[str, Any], config: PruMergeConfig, backend: str
-    ) -> ImageTokens:
-        """Encode, prune, merge and project these images."""
+    ) -> dict[str, ImageTokens]:
+        """Encode, prune, merge and project what is given, by modality."""

@@ -50,7 +50,7 @@ class OriginalAdapter(BaseAdapter):
     ) -> tuple[Tensor, Tensor, Tensor]:
         return TOWER.query_keys_hidden(model.get_vision_tower(), images)
 
-    def overrides(self) -> Mapping[str, Override]:
+    def overrides(self, model_class: type) -> Mapping[str, Override]:
         return {
             "encode_images": _encode_images,
             "prepare_inputs_labels_for_multimodal": _prepare_inputs,

@@ -61,7 +61,7 @@ class OriginalTowerAdapter(BaseAdapter):
                 model.vision_tower, pixels.to(model.device, model.dtype), model.select_layer
             )
 
-    def overrides(self) -> Mapping[str, Override]:
+    def overrides(self, model_class: type) -> Mapping[str, Override]:
         return {"forward": _forward}
 
 

@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from prumerge_fast.adapters import FAMILIES, adapter_for
+from prumerge_fast.adapters import adapter_for
 from prumerge_fast.cli.inputs import IMAGE_TOKEN, InputError, Item
 from prumerge_fast.config import PruMergeConfig
 from prumerge_fast.quantisation import quantisation_config
+
+_ARCHITECTURE = "LlavaForConditionalGeneration"  # what the stages are timed on
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,9 @@ def load(model: str | None, *, dtype: str, device: str, bits: int | None = None)
         transformers_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(source)
-        loadable = [name for name, family in FAMILIES.items() if family.in_transformers]
-        if not set(loadable) & set(config.architectures or ()):
+        if _ARCHITECTURE not in (config.architectures or ()):
             raise InputError(
-                f"--model: expected one of {', '.join(loadable)}, got "
+                f"--model: expected a {_ARCHITECTURE}, got "
                 f"{' '.join(config.architectures or [config.model_type])} in {source}"
             )
         processor = AutoProcessor.from_pretrained(source)

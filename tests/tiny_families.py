@@ -1,0 +1,301 @@
+"""Tiny models of each family of transformers, prompts for them, and an oracle for each.
+
+Oracles are written in loops, from the unpatched model's own modules, without the adapters.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from tiny_models import BOS, IMAGE, PATCHES, VIDEO, Oracle, batch, tiny_model, tower_outputs
+from torch import Tensor
+
+from prumerge_fast.config import PruMergeConfig
+from prumerge_fast.dispatch import prune_merge
+
+V5 = int(transformers.__version__.split(".")[0]) >= 5
+SIDE = 5  # patches of 6 pixels
+FRAMES = 3
+
+
+def takes(model: Any, argument: str) -> bool:
+    """Whether the `forward` of a model, or of a class, takes an argument of that name."""
+    return argument in inspect.signature(model.forward).parameters
+
+
+Part = Any  # a list of token ids, or a picture: ("image" or "video", its number)
+
+
+class Family:
+    """A family with four images and two videos of its own making."""
+
+    kinds: tuple[str, ...] = ("image",)
+    model_name: str
+    layer_argument = "vision_feature_layer"
+    layers: tuple[int, ...] = (-2,)
+    options: ClassVar[dict[str, Any]] = {}
+
+    def model(self, seed: int = 0, attention: str = "sdpa") -> Any:
+        model_class = getattr(transformers, f"{self.model_name}ForConditionalGeneration")
+        config_class = getattr(transformers, f"{self.model_name}Config")
+        options = dict(self.options)
+        if "video" in self.kinds:
+            options["video_token_index"] = VIDEO
+        return tiny_model(model_class, config_class, seed, attention, **options)
+
+    def placeholders(self, kind: str, number: int) -> int:
+        return PATCHES
+
+    def pixels(self, kind: str, number: int) -> Tensor:
+        generator = torch.Generator().manual_seed(10 * number + len(kind))
+        shape = (3, 30, 30) if kind == "image" else (FRAMES, 3, 30, 30)
+        return torch.randn(shape, generator=generator)
+
+    def arguments(self, kind: str, numbers: list[int]) -> dict[str, Tensor]:
+        """What the model takes for these images or videos."""
+        name = "pixel_values" if kind == "image" else "pixel_values_videos"
+        return {name: torch.stack([self.pixels(kind, number) for number in numbers])}
+
+    def features(self, oracle: FamilyOracle, kind: str, number: int) -> Tensor:
+        """The projected tokens [m, D] of an image or a video, by hand."""
+        return oracle.prune(self.tower(oracle.model, kind), self.pixels(kind, number))
+
+    def tower(self, model: Any, kind: str) -> Any:
+        return model.model.vision_tower
+
+    def prompts(self) -> list[list[Part]]:
+        """One image, two, none, a video, both; of unequal length."""
+        prompts: list[list[Part]] = [
+            [[BOS, 30], ("image", 0), [31] * 11],
+            [[BOS, 5, 6, 7], ("image", 1), [8, 9]],
+            [[BOS], ("image", 2), [11, 12, 13], ("image", 3), [14]],
+            [[BOS, 20, 21, 22]],
+        ]
+        if "video" in self.kinds:
+            prompts += [
+                [[BOS, 4], ("video", 0), [5, 6]],
+                [[BOS, 3], ("video", 1), [7], ("image", 2), [8], [9]],
+            ]
+        return prompts
+
+    def ids(self, parts: list[Part]) -> list[int]:
+        ids: list[int] = []
+        for part in parts:
+            if isinstance(part, list):
+                ids += part
+            else:
+                ids += [IMAGE if part[0] == "image" else VIDEO] * self.placeholders(*part)
+        return ids
+
+    def inputs(self, prompts: list[list[Part]], side: str = "left") -> dict[str, Tensor]:
+        """A batch, as a processor makes it."""
+        inputs = batch([self.ids(parts) for parts in prompts], side)
+        for kind in self.kinds:
+            pictures = self.pictures(prompts, kind)
+            if pictures:
+                inputs |= self.arguments(kind, [number for _, number in pictures])
+        return inputs
+
+    def pictures(self, prompts: list[list[Part]], kind: str) -> list[Part]:
+        """The images or the videos of the prompts, in order."""
+        return [part for parts in prompts for part in parts if part[0] == kind]
+
+
+class FamilyOracle(Oracle):
+    """Takes prompts in parts."""
+
+    def __init__(self, family: Family, model: Any, config: PruMergeConfig) -> None:
+        super().__init__(model, config)
+        self.family = family
+
+    @torch.no_grad()
+    def prune(self, tower: Any, pixels: Tensor, read: Tensor | None = None) -> Tensor:
+        """Tokens [m, D] of an image [3, H, W], chosen among the patches in `read`, or all."""
+        query, keys, hidden = tower_outputs(tower, pixels[None], *self.family.layers)
+        if read is not None:
+            keys, hidden = (t[:, [0, *(read + 1).tolist()]] for t in (keys, hidden))
+        return self.project(query[:, 0], keys, hidden)
+
+    def project(self, query: Tensor, keys: Tensor, hidden: Tensor) -> Tensor:
+        config = self.config
+        if isinstance(config.keep, int):
+            config = config.replace(keep=min(config.keep, keys.shape[1] - 1))
+        merged = prune_merge(query, keys, hidden, config, backend="reference")
+        self.kept = merged.kept[0].tolist()
+        return self.model.model.multi_modal_projector(merged.split()[0])
+
+    @torch.no_grad()
+    def tokens(self, part: Part) -> Tensor:
+        """[m, D] of an image or a video."""
+        return self.family.features(self, *part)
+
+    @torch.no_grad()
+    def embeds(self, parts: list[Part], _pixels: None = None) -> Tensor:
+        """[1, S, D]"""
+        table = self.model.get_input_embeddings()
+        pieces = [
+            table(torch.tensor(part)) if isinstance(part, list) else self.tokens(part)
+            for part in parts
+        ]
+        return torch.cat(pieces)[None]
+
+    def labels(self, parts: list[Part]) -> list[int]:
+        """Of the text but the first token."""
+        labels: list[int] = []
+        for part in parts:
+            labels += part if isinstance(part, list) else [-100] * len(self.tokens(part))
+        return [-100, *labels[1:]]
+
+
+class LlavaLayers(Family):
+    model_name = "Llava"
+    layers = (-2, -3)
+    options: ClassVar[dict[str, Any]] = {"vision_feature_layer": [-2, -3]}
+
+
+class VipLlava(Family):
+    model_name = "VipLlava"
+    layers = (-2, 1, 0)
+    layer_argument = "vision_feature_layer"
+    if not takes(transformers.VipLlavaModel, layer_argument):  # 4.x, 5.17
+        layer_argument = "vision_feature_layers"
+    options: ClassVar[dict[str, Any]] = {layer_argument: [-2, 1, 0]}
+
+
+class VideoLlava(Family):
+    kinds = ("image", "video")
+    model_name = "VideoLlava"
+
+    def placeholders(self, kind: str, number: int) -> int:
+        return PATCHES if kind == "image" else FRAMES * (1 + PATCHES)
+
+    def arguments(self, kind: str, numbers: list[int]) -> dict[str, Tensor]:
+        arguments = super().arguments(kind, numbers)
+        if kind == "image" and not takes(transformers.VideoLlavaModel, "pixel_values"):
+            return {"pixel_values_images": arguments["pixel_values"]}
+        return arguments
+
+    def tower(self, model: Any, kind: str) -> Any:
+        return model.model.image_tower if kind == "image" else model.model.video_tower
+
+    def features(self, oracle: FamilyOracle, kind: str, number: int) -> Tensor:
+        if kind == "image":
+            return super().features(oracle, kind, number)
+        tower, pieces = self.tower(oracle.model, kind), []
+        for frame in self.pixels(kind, number):
+            _, _, hidden = tower_outputs(tower, frame[None], *self.layers)
+            pieces.append(oracle.model.model.multi_modal_projector(hidden[0, :1]))
+            pieces.append(oracle.prune(tower, frame))
+        return torch.cat(pieces)
+
+
+class LlavaNext(Family):
+    model_name = "LlavaNext"
+    # Height and width of each image, the grid of crops that it gets (rows, columns), and the rows
+    # and columns of the grid's patches that are no padding.
+    sizes = ((60, 60), (10, 50), (60, 40), (90, 40))
+    grids = ((2, 2), (1, 2), (2, 2), (3, 1))
+    read = (
+        (range(10), range(10)),
+        (range(1, 4), range(10)),
+        (range(10), range(2, 8)),
+        (range(2, 13), range(5)),
+    )
+    options: ClassVar[dict[str, Any]] = {
+        "image_grid_pinpoints": [[30, 60], [60, 30], [60, 60], [90, 30]]
+    }
+
+    def placeholders(self, kind: str, number: int) -> int:
+        rows, columns = self.read[number]
+        return PATCHES + len(rows) * (len(columns) + 1)
+
+    def pixels(self, kind: str, number: int) -> Tensor:
+        """[crops, 3, 30, 30], the overview first."""
+        generator = torch.Generator().manual_seed(number)
+        rows, columns = self.grids[number]
+        return torch.randn(1 + rows * columns, 3, 30, 30, generator=generator)
+
+    def arguments(self, kind: str, numbers: list[int]) -> dict[str, Tensor]:
+        crops = [self.pixels(kind, number) for number in numbers]
+        padded = torch.full((len(crops), max(map(len, crops)), 3, 30, 30), torch.nan)
+        for row, image in zip(padded, crops, strict=True):
+            row[: len(image)] = image
+        sizes = torch.tensor([self.sizes[number] for number in numbers])
+        return {"pixel_values": padded, "image_sizes": sizes}
+
+    def features(self, oracle: FamilyOracle, kind: str, number: int) -> Tensor:
+        tower, crops = self.tower(oracle.model, kind), self.pixels(kind, number)
+        newline = oracle.model.model.image_newline
+        rows, columns = self.read[number]
+        pieces = list(oracle.prune(tower, crops[0]))
+        grid_rows: dict[int, list[tuple[int, Tensor]]] = {}  # of the whole grid
+        supplements = []
+        for index, crop in enumerate(crops[1:]):
+            row, column = divmod(index, self.grids[number][1])
+            read = [
+                (r, c)
+                for r in range(row * SIDE, (row + 1) * SIDE)
+                for c in range(column * SIDE, (column + 1) * SIDE)
+                if r in rows and c in columns
+            ]
+            at = torch.tensor([r % SIDE * SIDE + c % SIDE for r, c in read])
+            tokens = list(oracle.prune(tower, crop, at))
+            if oracle.config.order == "attention":
+                pieces += [*tokens, newline] if tokens else []
+                continue
+            kept = [index for index in oracle.kept if index >= 0]
+            supplements += tokens[len(kept) :]
+            for token, index in zip(tokens, kept, strict=False):
+                grid_rows.setdefault(read[index][0], []).append((read[index][1], token))
+        for row in sorted(grid_rows):
+            pieces += [token for _, token in sorted(grid_rows[row], key=lambda t: t[0])]
+            pieces.append(newline)
+        return torch.stack([*pieces, *supplements]) if pieces or supplements else newline[None][:0]
+
+
+class LlavaNextVideo(LlavaNext):
+    kinds = ("image", "video")
+    model_name = "LlavaNextVideo"
+
+    def placeholders(self, kind: str, number: int) -> int:
+        return super().placeholders(kind, number) if kind == "image" else FRAMES * 4
+
+    def pixels(self, kind: str, number: int) -> Tensor:
+        if kind == "image":
+            return super().pixels(kind, number)
+        return Family.pixels(self, kind, number)
+
+    def arguments(self, kind: str, numbers: list[int]) -> dict[str, Tensor]:
+        if kind == "image":
+            return super().arguments(kind, numbers)
+        return Family.arguments(self, kind, numbers)
+
+    def features(self, oracle: FamilyOracle, kind: str, number: int) -> Tensor:
+        if kind == "image":
+            return super().features(oracle, kind, number)
+        tower, pieces = self.tower(oracle.model, kind), []
+        for frame in self.pixels(kind, number):
+            query, keys, hidden = tower_outputs(tower, frame[None], *self.layers)
+            windows = [  # of 2 x 2 patches; the last row and column of 5 are not read
+                [1 + r * SIDE + c for r in (y, y + 1) for c in (x, x + 1)]
+                for y in (0, 2)
+                for x in (0, 2)
+            ]
+            keys, hidden = (
+                torch.stack([t[:, 0], *(t[:, window].mean(1) for window in windows)], 1)
+                for t in (keys, hidden)
+            )
+            pieces.append(oracle.project(query[:, 0], keys, hidden))
+        return torch.cat(pieces)
+
+
+FAMILIES: dict[str, Family] = {
+    "LLaVA of several layers": LlavaLayers(),
+    "ViP-LLaVA": VipLlava(),
+    "Video-LLaVA": VideoLlava(),
+    "LLaVA-NeXT": LlavaNext(),
+    "LLaVA-NeXT-Video": LlavaNextVideo(),
+}
