@@ -176,19 +176,27 @@ def prepare(loaded: Loaded, items: Sequence[Item]) -> Any:
     Raises:
         InputError: An image cannot be read, or its pixels are not finite once processed.
     """
-    images = [item.load() for item in items]
-    prompts = [format_prompt(loaded.processor, item) for item in items]
-    # A chat template may have written the tokenizer's first token already.
-    first = loaded.processor.tokenizer.bos_token
     with np.errstate(divide="ignore", invalid="ignore"):  # an error below, not a warning
-        inputs = loaded.processor(
-            images=images,
-            text=prompts,
-            padding=True,
-            return_tensors="pt",
-            add_special_tokens=first is None or not prompts[0].startswith(first),
+        inputs = model_inputs(
+            loaded,
+            [format_prompt(loaded.processor, item) for item in items],
+            [item.load() for item in items],
         )
     check_pixels(inputs["pixel_values"], [item.image for item in items])
+    return inputs
+
+
+def model_inputs(loaded: Loaded, prompts: list[str], images: Sequence[Any]) -> Any:
+    """What the processor makes of whole prompts and the images of all of them, in order."""
+    # A chat template may have written the tokenizer's first token already.
+    first = loaded.processor.tokenizer.bos_token
+    inputs = loaded.processor(
+        images=list(images) or None,
+        text=prompts,
+        padding=True,
+        return_tensors="pt",
+        add_special_tokens=first is None or not prompts[0].startswith(first),
+    )
     return inputs.to(loaded.device, loaded.dtype)
 
 
@@ -204,12 +212,18 @@ def check_pixels(pixel_values: torch.Tensor, names: Sequence[str]) -> None:
 
 
 def format_prompt(processor: Any, item: Item) -> str:
-    """The whole prompt: by the processor's chat template, else as LLaVA-1.5 was trained."""
+    """The whole prompt of a question about one image."""
     if item.verbatim:
         return item.text.replace(IMAGE_TOKEN, processor.image_token)
+    return chat_prompt(processor, item.text, images=1)
+
+
+def chat_prompt(processor: Any, text: str, images: int) -> str:
+    """A question behind its images, by the processor's chat template or as in LLaVA-1.5."""
     if processor.chat_template is not None:
-        content = [{"type": "image"}, {"type": "text", "text": item.text}]
+        content = [{"type": "image"}] * images + [{"type": "text", "text": text}]
         return processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
-    return f"USER: {processor.image_token}\n{item.text} ASSISTANT:"
+    placeholders = f"{processor.image_token}\n" * images
+    return f"USER: {placeholders}{text} ASSISTANT:"

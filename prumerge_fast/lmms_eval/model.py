@@ -1,0 +1,217 @@
+"""`llava_prumerge`: any LLaVA that `patch` takes, with or without PruMerge, under lmms-eval.
+
+Batches are padded and answered at once; an error ends the run and leaves no empty answer behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.utils import Collator
+from loguru import logger
+from PIL import Image
+from tqdm import tqdm
+
+from prumerge_fast.cli.inputs import IMAGE_TOKEN
+from prumerge_fast.cli.models import chat_prompt, check_keep, load, model_inputs
+from prumerge_fast.config import PruMergeConfig
+from prumerge_fast.patching import patch
+
+UNPRUNED = "none"
+_SAMPLING = ("temperature", "top_p", "num_beams", "do_sample", "max_new_tokens")
+_WITHOUT_EFFECT = ("image_aspect_ratio",)  # the image processor's matter; tasks set it for others
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class LlavaPruMerge(lmms):
+    """A LLaVA of transformers for lmms-eval, patched.
+
+    Args:
+        pretrained: Folder or Hugging Face name.
+        variant: "prumerge", "prumerge+", or "none" for the model as it is.
+        keep: How many patch tokens to keep: a number, or a share such as 0.25; `None` lets each
+            image decide.
+        dtype: "auto" (float32 on a CPU, else float16), "float32", "bfloat16" or "float16".
+        load_in_4bit: Language model in NF4 (bitsandbytes).
+        batch_size: Questions answered at once.
+        device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:INDEX"; under
+            `accelerate launch`, each process takes its own GPU.
+        max_batch_size: lmms-eval's option for batch sizes that it finds by itself, which are not
+            supported.
+
+    Raises:
+        TypeError: An argument is not known.
+        ValueError: An argument is out of range.
+        UnsupportedModelError: PruMerge cannot work on this model.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        pretrained: str = "llava-hf/llava-1.5-7b-hf",
+        variant: str = "prumerge",
+        keep: int | float | None = None,
+        dtype: str = "auto",
+        load_in_4bit: bool = False,
+        batch_size: int | str = 1,
+        device: str = "auto",
+        max_batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.batch_size = _checked_batch_size(batch_size)
+        if max_batch_size is not None:
+            raise ValueError(f"max_batch_size: expected none, got {max_batch_size}")
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
+        if not isinstance(load_in_4bit, bool):
+            raise TypeError(f"load_in_4bit: expected True or False, got {load_in_4bit!r}")
+        if variant == UNPRUNED:
+            if keep is not None:
+                raise ValueError(f"keep: expected none beside variant={UNPRUNED}, got {keep}")
+            config = None
+        else:
+            config = PruMergeConfig(variant=variant, keep=keep)  # type: ignore[arg-type]
+        self.accelerator = Accelerator()
+        if self.accelerator.num_processes > 1:
+            self._rank = self.accelerator.process_index
+            self._world_size = self.accelerator.num_processes
+            device = str(self.accelerator.device)
+        self._loaded = load(
+            pretrained, dtype=dtype, device=device, bits=4 if load_in_4bit else None
+        )
+        if config is not None:
+            check_keep(config, self._loaded.patches)
+            patch(self._loaded.model, config)
+
+    @property
+    def model(self) -> Any:
+        """The LLaVA, patched unless `variant` is "none"."""
+        return self._loaded.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._loaded.device
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Answers in the order of the requests (context, options, visuals, id, task, split)."""
+        # By options first: a batch shares them.
+        batches = Collator(
+            [request.args for request in requests], lambda args: (-len(args[0]), args[0]),
+            grouping=True,
+        )  # fmt: skip
+        answers: list[str] = []
+        with self._progress(len(requests)) as progress:
+            for batch in batches.get_batched(n=self.batch_size):
+                options = batch[0][1]
+                images = [self._images(*args[2:]) for args in batch]
+                texts = self._answer([args[0] for args in batch], images, options)
+                for args, text in zip(batch, texts, strict=True):
+                    self.cache_hook.add_partial("generate_until", (args[0], options), text)
+                answers += texts
+                progress.update(len(batch))
+        return batches.get_original(answers)
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """For each request (context, continuation, visuals, id, task, split): mean loss, greedy.
+
+        The loss a token of the continuation, of which tasks take the smallest (lmms-eval's own
+        models return the same), and whether greedy decoding would have given the continuation.
+        """
+        found = []
+        with self._progress(len(requests)) as progress:
+            for context, target, visuals, number, task, split in (r.args for r in requests):
+                document = self.task_dict[task][split][number]
+                continuation = target if isinstance(target, str) else target(document)
+                images = self._images(visuals, number, task, split)
+                found.append(self._loss(context, str(continuation), images))
+                progress.update()
+        return found
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        """Not supported."""
+        raise NotImplementedError("llava_prumerge: expected tasks of one round, got several rounds")
+
+    def _images(self, visuals: Any, number: int, task: str, split: str) -> list[Image.Image]:
+        found = visuals(self.task_dict[task][split][number]) or []
+        for one in found:
+            if not isinstance(one, Image.Image):
+                raise TypeError(
+                    f"{task}: expected images for llava_prumerge, got {type(one).__name__}"
+                )
+        return [image.convert("RGB") for image in found]
+
+    def _prompt(self, context: str, images: Sequence[Image.Image]) -> str:
+        # Contexts of some tasks say where their images are.
+        missing = 0 if IMAGE_TOKEN in context else len(images)
+        processor = self._loaded.processor
+        return chat_prompt(processor, context.replace(IMAGE_TOKEN, processor.image_token), missing)
+
+    def _inputs(self, prompts: list[str], images: list[list[Image.Image]]) -> Any:
+        return model_inputs(self._loaded, prompts, [image for some in images for image in some])
+
+    @torch.inference_mode()
+    def _answer(
+        self, contexts: list[str], images: list[list[Image.Image]], options: dict[str, Any]
+    ) -> list[str]:
+        given = dict(options)
+        until = given.pop("until", [])
+        ends = [until] if isinstance(until, str) else until
+        sampling = {name: given.pop(name) for name in _SAMPLING if name in given}
+        unknown = [name for name in given if name not in _WITHOUT_EFFECT]
+        if unknown:
+            logger.warning(f"generation_kwargs without effect on llava_prumerge: {unknown}")
+        sampling.setdefault("max_new_tokens", 1024)
+        sampling["do_sample"] = bool(sampling.get("temperature"))
+        if not sampling["do_sample"]:  # transformers warns of what sampling alone reads
+            sampling.update(temperature=None, top_p=None, top_k=None)
+        prompts = [self._prompt(*each) for each in zip(contexts, images, strict=True)]
+        inputs = self._inputs(prompts, images)
+        tokenizer = self._loaded.processor.tokenizer
+        output = self.model.generate(**inputs, **sampling, pad_token_id=tokenizer.pad_token_id)
+        texts = tokenizer.batch_decode(
+            output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+        return [_before(text, ends).strip() for text in texts]
+
+    @torch.inference_mode()
+    def _loss(
+        self, context: str, continuation: str, images: list[Image.Image]
+    ) -> tuple[float, bool]:
+        inputs = self._inputs([self._prompt(context, images)], [images])
+        tokenizer = self._loaded.processor.tokenizer
+        answer = tokenizer(continuation, add_special_tokens=False, return_tensors="pt")
+        target = answer["input_ids"].to(self.device)  # [1, T]
+        count = target.shape[1]
+        if count == 0:
+            raise ValueError(
+                f"loglikelihood: expected a continuation with tokens, got {continuation!r}"
+            )
+        inputs["input_ids"] = torch.cat((inputs["input_ids"], target), dim=1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        # Patched, the prompt's part is shorter; the continuation's is the last either way.
+        logits = self.model(**inputs).logits[:, -count - 1 : -1].float()  # [1, T, V]
+        loss = torch.nn.functional.cross_entropy(logits[0], target[0])
+        return loss.item(), bool((logits.argmax(-1) == target).all())
+
+    def _progress(self, total: int) -> tqdm[Any]:
+        return tqdm(total=total, disable=self.rank != 0, desc="llava_prumerge")
+
+
+def _before(text: str, ends: Sequence[str]) -> str:
+    """The text up to the first of the strings that end it."""
+    for end in ends:
+        text = text.split(end)[0] if end else text
+    return text
+
+
+def _checked_batch_size(value: int | str) -> int:
+    if not str(value).isdecimal() or int(value) < 1:
+        raise ValueError(f"batch_size: expected a whole number >= 1, got {value}")
+    return int(value)

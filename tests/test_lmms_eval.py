@@ -1,0 +1,173 @@
+"""The plugin under lmms-eval itself, on demo scenes: the same answers as `prumerge-fast compare`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from prumerge_fast.cli.inputs import InputError, items_from_demo
+from prumerge_fast.demo import MODEL_DIR
+from prumerge_fast.errors import PruMergeError
+
+pytest.importorskip("lmms_eval", reason="lmms-eval is not installed; CI has it in a step of its own")
+datasets = pytest.importorskip("datasets")
+from lmms_eval.models import get_model  # noqa: E402
+
+COUNT = 24
+TASK = Path(__file__).with_name("lmms_task")
+POLICIES = {"none": "LLaVA", "prumerge": "PruMerge", "prumerge+": "PruMerge+"}
+
+
+def run(*command: Any, folder: Path) -> str:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")}
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, env=environment, cwd=folder
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What `compare` says of the same questions."""
+    folder = tmp_path_factory.mktemp("compare")
+    return json.loads(run("prumerge-fast", "compare", "--count", COUNT, "--json", folder=folder))
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the task and its data."""
+    folder = tmp_path_factory.mktemp("task")
+    items = items_from_demo(COUNT)
+    columns = {
+        "image": [item.load() for item in items],
+        "question": [item.text for item in items],
+        "answer": [item.expected for item in items],
+    }
+    datasets.DatasetDict(test=datasets.Dataset.from_dict(columns)).save_to_disk(folder / "data")
+    shutil.copy(TASK / "utils.py", folder)
+    text = (TASK / "demo_scenes.yaml").read_text()
+    (folder / "demo_scenes.yaml").write_text(text.replace("DATASET", str(folder / "data")))
+    return folder
+
+
+@pytest.mark.parametrize(("variant", "batch_size"), [("none", 1), ("prumerge", 8), ("prumerge+", 3)])
+def test_answers_are_those_of_compare(
+    task: Path, compared: dict[str, Any], tmp_path: Path, variant: str, batch_size: int
+) -> None:
+    run(
+        *("lmms-eval", "--model", "llava_prumerge", "--tasks", "demo_scenes"),
+        *("--model_args", f"pretrained={MODEL_DIR},variant={variant},device=cpu"),
+        *("--include_path", task, "--batch_size", batch_size),
+        *("--output_path", tmp_path / "out", "--log_samples"),
+        folder=tmp_path,
+    )
+    (results,) = (tmp_path / "out").rglob("*_results.json")
+    (samples,) = (tmp_path / "out").rglob("*_samples_demo_scenes.jsonl")
+    policy = POLICIES[variant]
+    score = json.loads(results.read_text())["results"]["demo_scenes"]["exact_match,none"]
+    assert score == pytest.approx(compared["results"][policy]["accuracy"])
+    rows = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda row: row["doc_id"])
+    said = [row["filtered_resps"][0] for row in rows]
+    assert said == [answer["answers"][policy] for answer in compared["answers"]]
+
+
+@pytest.fixture(scope="module")
+def build() -> Callable[..., Any]:
+    model = get_model("llava_prumerge")
+    return lambda arguments="", **more: model.create_from_arg_string(
+        f"pretrained={MODEL_DIR},device=cpu{arguments}", more
+    )
+
+
+def request(model: Any, context: str, second: Any, images: list[Any]) -> Any:
+    """One of lmms-eval's, with a document of its own."""
+    split = model.task_dict.setdefault("task", {}).setdefault("test", {})
+    number = len(split)
+    split[number] = images
+    args = (context, second, lambda doc: doc, number, "task", "test")
+    if not isinstance(second, dict):
+        args = (context, second, lambda doc: doc, number, "task", "test")
+    return SimpleNamespace(args=args)
+
+
+def test_loss_of_right_answers_is_least(build: Callable[..., Any]) -> None:
+    model = build(",variant=prumerge+")
+    item = next(item for item in items_from_demo(40) if item.expected == "yes")
+    answers = ["yes", "no", "red"]
+    found = model.loglikelihood([request(model, item.text, a, [item.load()]) for a in answers])
+    losses = [loss for loss, _ in found]
+    assert losses.index(min(losses)) == 0
+    assert [greedy for _, greedy in found] == [True, False, False]
+    assert all(loss > 0 for loss in losses)
+
+
+def test_loss_is_that_of_labels(build: Callable[..., Any]) -> None:
+    model = build(",variant=none")
+    item = items_from_demo(1)[0]
+    ((loss, _),) = model.loglikelihood([request(model, item.text, "red", [item.load()])])
+    inputs = model._inputs([model._prompt(item.text, [item.load()])], [[item.load()]])
+    answer = model._loaded.processor.tokenizer("red", add_special_tokens=False)["input_ids"]
+    prompt = inputs["input_ids"]
+    ids = torch.cat((prompt, torch.tensor([answer])), dim=1)
+    labels = ids.clone()
+    labels[:, : prompt.shape[1]] = -100
+    with torch.inference_mode():
+        expected = model.model(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=inputs["pixel_values"],
+            labels=labels,
+        ).loss
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_prompts_without_images_several_images_and_stop_strings(build: Callable[..., Any]) -> None:
+    model = build(batch_size=4)
+    image = items_from_demo(1)[0].load()
+    options = {"max_new_tokens": 2, "until": ["\n\n"]}
+    texts = model.generate_until(
+        [
+            request(model, "what colour is it?", options, []),
+            request(model, "what colour is it?", options, [image]),
+            request(model, "<image> <image> same?", options, [image, image]),
+        ]
+    )
+    assert len(texts) == 3
+    prompts = [model._prompt("same?", [image] * n) for n in (0, 2)]
+    assert [prompt.count(model._loaded.processor.image_token) for prompt in prompts] == [0, 2]
+    assert model._prompt("<image> same?", [image]).count("<image>") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        (",variant=best", ValueError, "variant: expected one of"),
+        (",keep=1000", InputError, "--keep: expected at most N = 196"),
+        (",variant=none,keep=8", ValueError, "keep: expected none beside variant=none, got 8"),
+        (",dtype=int8", ValueError, "dtype: expected one of auto, float32"),
+        (",load_in_4bit=maybe", TypeError, "load_in_4bit: expected True or False, got 'maybe'"),
+        (",batch_size=auto", ValueError, "batch_size: expected a whole number >= 1, got auto"),
+        (",colour=red", TypeError, "unexpected keyword argument 'colour'"),
+    ],
+)
+def test_bad_arguments(
+    build: Callable[..., Any], arguments: str, error: type[Exception], says: str
+) -> None:
+    with pytest.raises((error, PruMergeError), match=says):
+        build(arguments)
+
+
+def test_videos_are_refused(build: Callable[..., Any]) -> None:
+    model = build()
+    with pytest.raises(TypeError, match="expected images for llava_prumerge, got str"):
+        model.generate_until([request(model, "what?", {}, ["clip.mp4"])])
