@@ -58,6 +58,13 @@ def test_everything_kept_equals_the_quantised_model(bits: int) -> None:
     assert torch.equal(unpatch(model)(**inputs).logits, expected)
 
 
+def test_four_bits_are_nf4_and_compute_in_the_models_dtype() -> None:
+    for name, module in demo(4).model.named_modules():
+        if type(module).__name__ == "Linear4bit":
+            assert module.weight.quant_state.quant_type == "nf4", name
+            assert module.compute_dtype == torch.float32, name
+
+
 def test_four_bits_train_adapters_under_the_patch() -> None:
     """QLoRA: gradients pass through the quantised language model into the tower's adapters."""
     peft = pytest.importorskip("peft")
