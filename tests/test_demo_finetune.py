@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
+from transformers import Trainer
 
 from prumerge_fast.cli.models import load
 from prumerge_fast.demo import finetune
@@ -55,8 +56,14 @@ def test_interrupted_run_goes_on_where_it_was(whole, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         finetune.run(tmp_path, SHORT, 4)
     monkeypatch.undo()
+    take, taken = Trainer.training_step, []
+    monkeypatch.setattr(
+        Trainer, "training_step", lambda *given, **named: taken.append(1) or take(*given, **named)
+    )
     again = finetune.run(tmp_path, SHORT, 4)
-    assert 0 < again["LLaVA fine-tuned"]["training"]["steps"] < 3
+    left = again["LLaVA fine-tuned"]["training"]["steps"]
+    assert 0 < left < 3
+    assert len(taken) == left + 3  # and all of the other model's
     for name in ("llava", "llava-prumerge"):
         path = f"{name}/adapter/adapter_model.safetensors"
         expected, found = load_file(folder / path), load_file(tmp_path / path)

@@ -12,6 +12,7 @@ import torch
 from tiny_models import EVERYTHING, PIXELS, PROMPTS, batch, tiny_llava
 from transformers import LlavaForConditionalGeneration
 
+from prumerge_fast.adapters import adapter_for
 from prumerge_fast.errors import UnsupportedModelError
 from prumerge_fast.patching import patch, unpatch
 from prumerge_fast.versions import clip_transformer
@@ -90,6 +91,7 @@ def test_patched_models_are_offloaded(
     offload: Callable[..., Any], plain: Any, pruned: Any, tmp_path: Path
 ) -> None:
     model = offload(patch(tiny_llava(), keep=5), tmp_path)
+    assert adapter_for(model).device(model) == CPU
     torch.testing.assert_close(outputs(model), pruned)
     torch.testing.assert_close(outputs(unpatch(model)), plain)
 

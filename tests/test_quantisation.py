@@ -58,6 +58,13 @@ def test_everything_kept_equals_the_quantised_model(bits: int) -> None:
     assert torch.equal(unpatch(model)(**inputs).logits, expected)
 
 
+def test_four_bits_are_nf4_and_compute_in_the_models_dtype() -> None:
+    for name, module in demo(4).model.named_modules():
+        if type(module).__name__ == "Linear4bit":
+            assert module.weight.quant_state.quant_type == "nf4", name
+            assert module.compute_dtype == torch.float32, name
+
+
 def test_four_bits_train_adapters_under_the_patch() -> None:
     """QLoRA: gradients pass through the quantised language model into the tower's adapters."""
     peft = pytest.importorskip("peft")
@@ -88,7 +95,8 @@ def test_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sizes[0] > 1.5 * sizes[1]
     assert sizes[1] > sizes[2]
     committed = json.loads((BENCH / "results" / "demo-quantised.json").read_text())
-    assert [run["weight_bytes"] for run in committed.values()] == sizes
+    found = [run["weight_bytes"] for run in committed.values()]
+    assert found == pytest.approx(sizes, abs=1024)  # 4.57 has another buffer
 
 
 def test_committed_accuracy() -> None:

@@ -5,9 +5,11 @@ import shutil
 import pytest
 import torch
 from merge_cases import assert_same, grid_inputs, smooth_inputs
+from tiny_models import images, tiny_llava
 
 from prumerge_fast.config import PruMergeConfig
 from prumerge_fast.dispatch import prune_merge
+from prumerge_fast.vision import query_keys_hidden
 
 
 @pytest.fixture(autouse=True)
@@ -66,3 +68,17 @@ def test_inductor():
     config = PruMergeConfig(variant="prumerge+", keep=8, neighbours=5)
     inputs = grid_inputs(2, 49)
     assert_same(compiled(config, "inductor")(*inputs), prune_merge(*inputs, config))
+
+
+def test_vision_path():
+    """The tower up to the queries and keys, and the reduction behind it, are one graph."""
+    model, config = tiny_llava(), PruMergeConfig(keep=8)
+
+    def reduced(pixel_values):
+        features = query_keys_hidden(model.model.vision_tower, pixel_values, -2)
+        return prune_merge(*features, config)
+
+    whole = torch.compile(reduced, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch.no_grad():
+        for count in (2, 3):
+            assert_same(whole(images(count)), reduced(images(count)))

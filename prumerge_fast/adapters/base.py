@@ -58,8 +58,12 @@ class BaseAdapter(ABC):
         """The methods of a patched model that differ from those of its class, by name."""
 
     def device(self, model: Any) -> torch.device:
-        """Where the images are encoded."""
-        return model.device
+        """Where the images are encoded; of offloaded weights, where accelerate brings them."""
+        if model.device.type != "meta":
+            return model.device
+        hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+        devices = (getattr(hook, "execution_device", None) for hook in hooks)
+        return next((torch.device(d) for d in devices if d is not None), model.device)
 
 
 class Adapter(BaseAdapter):
