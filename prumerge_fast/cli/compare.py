@@ -122,7 +122,7 @@ def run(options: CompareOptions) -> None:
         "Times: median per question; prefill includes the projector, total is all of generate()."
     )
     if options.html is not None:
-        console.print(f"{options.html}: the same as a page, with pictures")
+        console.print(f"{options.html}: the same as a page, with pictures", soft_wrap=True)
 
 
 def accuracy(
