@@ -202,10 +202,10 @@ def test_verdicts(tmp_path):
         ("one.png", "unknown?", None, ["A cat.", "cat", "dog"]),
     ]
     outline = Outline(rendered(tmp_path, a_run(asked)))
-    marks = ("✓ right", "✗ wrong", "= LLaVA", "≠ LLaVA")
-    assert [text for text in outline.text if text in marks] == [
-        *("✓ right", "✓ right", "✗ wrong"),
-        *("= LLaVA", "≠ LLaVA"),
+    marks = [pair for pair in pairwise(outline.text) if pair[0] in "✓✗=≠"]
+    assert marks == [
+        *(("✓", "right"), ("✓", "right"), ("✗", "wrong")),
+        *(("=", "LLaVA"), ("≠", "LLaVA")),
     ]
     assert len(outline.all("img")) == 3  # both questions are about one image
 
