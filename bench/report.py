@@ -1,21 +1,27 @@
 """Writes the page of `prumerge-fast compare --html` from the committed result files.
 
     python bench/report.py                                  # report.html
-    python bench/report.py --screenshot docs/report.png     # and its first screen; needs Chromium
+    python bench/report.py --screenshot docs/report.png     # and an excerpt; needs Chromium
 
-The demo scenes are drawn anew, and the demo model says again which of their patches it keeps;
-all figures are those of the files. The plot shows the curves of `prumerge-fast evaluate`.
+The demo scenes are drawn anew, and the demo model says again which of their patches it keeps; all
+figures are those of the files. The plot shows the curves of `prumerge-fast evaluate`. The
+screenshot carries the checksum of the comparison that it shows, for a test to compare.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import io
 import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from prumerge_fast.cli import page
 from prumerge_fast.cli.chart import Point, Series
@@ -32,6 +38,11 @@ CURVES = {  # method: whose colour, dashes
     "PruMerge+": ("prumerge-plus", ""),
     "PruMerge+, raster order": ("prumerge-plus", "6 4"),
 }
+EXCERPT = """
+section:not([aria-labelledby=stages], [aria-labelledby=answers]), article:nth-child(n+5) {
+  display: none;
+}
+"""
 POINTS = {
     "all tokens": "llava",
     "PruMerge, adaptive": "prumerge",
@@ -88,6 +99,18 @@ def browser() -> Iterator[Any]:
         chromium.close()
 
 
+def screenshot(source: Path, output: Path, checksum: str) -> None:
+    """The page's summary, stages and first four questions as a PNG."""
+    with browser() as chromium:
+        tab = chromium.new_page(viewport={"width": 1120, "height": 800})
+        tab.goto(source.resolve().as_uri())
+        tab.add_style_tag(content=EXCERPT)
+        picture = Image.open(io.BytesIO(tab.screenshot(full_page=True)))
+    note = PngInfo()
+    note.add_text("Results", checksum)
+    picture.convert("RGB").quantize(256, kmeans=1).save(output, optimize=True, pnginfo=note)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--compare", type=Path, default=RESULTS / "demo-compare.json")
@@ -95,17 +118,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("report.html"))
     parser.add_argument("--screenshot", type=Path, help="a PNG")
     options = parser.parse_args(arguments)
-    run = json.loads(options.compare.read_text())
+    content = options.compare.read_bytes()
+    run = json.loads(content)
     accuracy = json.loads(options.accuracy.read_text())
     with page.writable(options.output) as file:
         loaded = load(None, dtype=run["settings"]["dtype"], device="cpu", load_in_4bit=False)
         pictures = page.panels(loaded, run, image_by_name)
         page.write(file, page.render(run, pictures, curves(accuracy), note(accuracy)))
     if options.screenshot:
-        with browser() as chromium:
-            tab = chromium.new_page(viewport={"width": 1280, "height": 1000})
-            tab.goto(options.output.resolve().as_uri())
-            tab.screenshot(path=options.screenshot)
+        screenshot(options.output, options.screenshot, hashlib.sha256(content).hexdigest())
 
 
 if __name__ == "__main__":

@@ -40,7 +40,10 @@ def test_only_one_top_level_package(wheel):
 
 @pytest.mark.parametrize(
     "name",
-    ["kernels/__init__.py", "py.typed", "demo/tiny-llava/config.json", "demo/tiny-llava/README.md"],
+    [
+        *("kernels/__init__.py", "py.typed", "cli/page.html.jinja", "cli/page.css"),
+        *("demo/tiny-llava/config.json", "demo/tiny-llava/README.md"),
+    ],
 )
 def test_wheel_holds(wheel, name):
     assert f"prumerge_fast/{name}" in wheel.namelist()

@@ -120,7 +120,7 @@ def run(options: CompareOptions) -> None:
     console.print(report.comparison_table(results))
     console.print("Times: median per question; total is all of generate().")
     if options.html is not None:
-        console.print(f"{options.html}: the same as a page, with pictures")
+        console.print(f"{options.html}: the same as a page, with pictures", soft_wrap=True)
 
 
 def accuracy(
