@@ -122,7 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
     run = json.loads(content)
     accuracy = json.loads(options.accuracy.read_text())
     with page.writable(options.output) as file:
-        loaded = load(None, dtype=run["settings"]["dtype"], device="cpu", load_in_4bit=False)
+        loaded = load(None, dtype=run["settings"]["dtype"], device="cpu")
         pictures = page.panels(loaded, run, image_by_name)
         page.write(file, page.render(run, pictures, curves(accuracy), note(accuracy)))
     if options.screenshot:

@@ -53,7 +53,7 @@ def demo(precision: str, device: torch.device) -> Subject:
         None,
         dtype=str(DTYPES[precision]).removeprefix("torch."),
         device=str(device),
-        load_in_4bit=precision == "nf4",
+        bits=4 if precision == "nf4" else None,
     )
 
     def preprocess(first: int, count: int) -> dict[str, torch.Tensor]:

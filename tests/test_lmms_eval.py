@@ -1,4 +1,4 @@
-"""The plugin under lmms-eval itself, on demo scenes: the same answers as `prumerge-fast compare`."""
+"""The plugin under lmms-eval itself, on demo scenes: the same answers as `compare`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from prumerge_fast.cli.inputs import InputError, items_from_demo
 from prumerge_fast.demo import MODEL_DIR
 from prumerge_fast.errors import PruMergeError
 
-pytest.importorskip("lmms_eval", reason="lmms-eval is not installed; CI has it in a step of its own")
+pytest.importorskip(
+    "lmms_eval", reason="lmms-eval is not installed; CI has it in a step of its own"
+)
 datasets = pytest.importorskip("datasets")
 from lmms_eval.models import get_model  # noqa: E402
 
@@ -60,7 +62,9 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("variant", "batch_size"), [("none", 1), ("prumerge", 8), ("prumerge+", 3)])
+@pytest.mark.parametrize(
+    ("variant", "batch_size"), [("none", 1), ("prumerge", 8), ("prumerge+", 3)]
+)
 def test_answers_are_those_of_compare(
     task: Path, compared: dict[str, Any], tmp_path: Path, variant: str, batch_size: int
 ) -> None:
@@ -77,7 +81,7 @@ def test_answers_are_those_of_compare(
     score = json.loads(results.read_text())["results"]["demo_scenes"]["exact_match,none"]
     assert score == pytest.approx(compared["results"][policy]["accuracy"])
     rows = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda row: row["doc_id"])
-    said = [row["filtered_resps"][0] for row in rows]
+    said = [row["filtered_resps"] for row in rows]
     assert said == [answer["answers"][policy] for answer in compared["answers"]]
 
 
@@ -94,10 +98,7 @@ def request(model: Any, context: str, second: Any, images: list[Any]) -> Any:
     split = model.task_dict.setdefault("task", {}).setdefault("test", {})
     number = len(split)
     split[number] = images
-    args = (context, second, lambda doc: doc, number, "task", "test")
-    if not isinstance(second, dict):
-        args = (context, second, lambda doc: doc, number, "task", "test")
-    return SimpleNamespace(args=args)
+    return SimpleNamespace(args=(context, second, lambda doc: doc, number, "task", "test"))
 
 
 def test_loss_of_right_answers_is_least(build: Callable[..., Any]) -> None:
