@@ -109,6 +109,8 @@ def test_loss_of_right_answers_is_least(build: Callable[..., Any]) -> None:
     losses = [loss for loss, _ in found]
     assert losses.index(min(losses)) == 0
     assert [greedy for _, greedy in found] == [True, False, False]
+    spaced = model.loglikelihood([request(model, item.text, " yes", [item.load()])])
+    assert spaced == [found[0]]
     assert all(loss > 0 for loss in losses)
 
 
@@ -116,12 +118,13 @@ def test_loss_is_that_of_labels(build: Callable[..., Any]) -> None:
     model = build(",variant=none")
     item = items_from_demo(1)[0]
     ((loss, _),) = model.loglikelihood([request(model, item.text, "red", [item.load()])])
-    inputs = model._inputs([model._prompt(item.text, [item.load()])], [[item.load()]])
-    answer = model._loaded.processor.tokenizer("red", add_special_tokens=False)["input_ids"]
-    prompt = inputs["input_ids"]
-    ids = torch.cat((prompt, torch.tensor([answer])), dim=1)
+    prompt = model._prompt(item.text, [item.load()])
+    inputs = model._inputs([f"{prompt} red"], [[item.load()]])
+    ids = inputs["input_ids"]
+    before = model._inputs([prompt], [[item.load()]])["input_ids"]
+    assert ids.shape[1] == before.shape[1] + 1
     labels = ids.clone()
-    labels[:, : prompt.shape[1]] = -100
+    labels[:, :-1] = -100
     with torch.inference_mode():
         expected = model.model(
             input_ids=ids,
@@ -152,7 +155,7 @@ def test_prompts_without_images_several_images_and_stop_strings(build: Callable[
 @pytest.mark.parametrize(
     ("arguments", "error", "says"),
     [
-        (",variant=best", ValueError, "variant: expected one of"),
+        (",variant=best", ValueError, "variant: expected 'prumerge' or 'prumerge\\+', got 'best'"),
         (",keep=1000", InputError, "--keep: expected at most N = 196"),
         (",variant=none,keep=8", ValueError, "keep: expected none beside variant=none, got 8"),
         (",dtype=int8", ValueError, "dtype: expected one of auto, float32"),

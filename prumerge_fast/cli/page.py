@@ -272,7 +272,8 @@ def _facts(run: Mapping[str, Any]) -> dict[str, str]:
     return {
         "model": run["model"],
         "questions": f"{run['questions']:,}",
-        "precision": settings["dtype"] + (" and NF4" if settings["load_in_4bit"] else ""),
+        "precision": settings["dtype"]
+        + (f", language model in {settings['bits']} bits" if settings["bits"] else ""),
         "backend": settings["backend"],
         "batch size": str(settings["batch_size"]),
         "longest answer": f"{settings['max_new_tokens']} tokens",

@@ -184,17 +184,18 @@ class LlavaPruMerge(lmms):
     def _loss(
         self, context: str, continuation: str, images: list[Image.Image]
     ) -> tuple[float, bool]:
-        inputs = self._inputs([self._prompt(context, images)], [images])
+        prompt = self._prompt(context, images)
+        # As LLaVA was trained: "ASSISTANT: answer".
+        space = "" if prompt[-1:].isspace() or continuation[:1].isspace() else " "
+        whole = f"{prompt}{space}{continuation}"
         tokenizer = self._loaded.processor.tokenizer
-        answer = tokenizer(continuation, add_special_tokens=False, return_tensors="pt")
-        target = answer["input_ids"].to(self.device)  # [1, T]
-        count = target.shape[1]
-        if count == 0:
+        count = len(tokenizer(whole)["input_ids"]) - len(tokenizer(prompt)["input_ids"])
+        if count < 1:
             raise ValueError(
                 f"loglikelihood: expected a continuation with tokens, got {continuation!r}"
             )
-        inputs["input_ids"] = torch.cat((inputs["input_ids"], target), dim=1)
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs = self._inputs([whole], [images])
+        target = inputs["input_ids"][:, -count:]  # [1, T]
         # Patched, the prompt's part is shorter; the continuation's is the last either way.
         logits = self.model(**inputs).logits[:, -count - 1 : -1].float()  # [1, T, V]
         loss = torch.nn.functional.cross_entropy(logits[0], target[0])
