@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
+from prumerge_fast.adapters.base import PLACEHOLDERS_ATTRIBUTE
 from prumerge_fast.cli import report
 from prumerge_fast.cli.inputs import InputError, Item, items_from_demo, items_from_jsonl
 from prumerge_fast.cli.models import Loaded, load, prepare
@@ -212,11 +213,12 @@ def generate(loaded: Loaded, inputs: Any, reduced: list[Tensor], max_new_tokens:
     lengths = [len(rows) for rows in reduced]
     features = loaded.model.model.multi_modal_projector(torch.cat(reduced))  # [sum of m, D]
     # A patched model takes images that are encoded already, as many tokens of each as there are.
-    images = {"image": SimpleNamespace(pooler_output=features.split(lengths))}
+    image = SimpleNamespace(pooler_output=features.split(lengths))
+    setattr(image, PLACEHOLDERS_ATTRIBUTE, [loaded.patches] * len(lengths))
     with patched(loaded.model):
         sequences = loaded.model.generate(
             **inputs,
-            mm_encoder_outputs=images,
+            mm_encoder_outputs={"image": image},
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
