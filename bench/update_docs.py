@@ -18,6 +18,7 @@ from typing import Any
 
 import accuracy_tables
 import cost_tables
+import support_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -133,6 +134,7 @@ TABLES = {
     "published": _from_run("cost.json", cost_tables.published),
     "curve": _from_run("demo-accuracy.json", accuracy_tables.curve),
     "kinds": _from_run("demo-accuracy.json", accuracy_tables.kinds),
+    "support": support_table.table,
     "paired": _from_run("demo-accuracy.json", accuracy_tables.paired),
 }
 
