@@ -20,6 +20,7 @@ import accuracy_tables
 import cost_tables
 import demo_tables
 import kernel_tables
+import support_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -149,6 +150,7 @@ TABLES = {
     "finetuning": _from_run("demo-finetune.json", demo_tables.finetuning),
     "trained": _from_run("demo-finetune.json", demo_tables.trained),
     "quantised": quantised,
+    "support": support_table.table,
     "paired": _from_run("demo-accuracy.json", accuracy_tables.paired),
 }
 

@@ -19,7 +19,7 @@ def prune_merge_unpadded(
     Args:
         query: [B, C].
         keys: [B, 1+N, C].
-        hidden: [B, 1+N, C].
+        hidden: [B, 1+N, S * C].
         valid: [B, N] bool, on any device; False for padding.
         config: What to keep and how to merge.
         backend: As in `prune_merge`.
@@ -36,14 +36,11 @@ def prune_merge_unpadded(
         patches = valid[images].nonzero()[:, 1].view(-1, count)  # [b, n]
         rows = torch.nn.functional.pad(patches + 1, (1, 0)).to(hidden.device)  # [b, 1+n]
         chosen = images.to(hidden.device)  # [b]
-        budgeted = config
-        if isinstance(config.keep, int):
-            budgeted = config.replace(keep=min(config.keep, count))
         merged = prune_merge(
             query[chosen],
             keys[chosen[:, None], rows],  # [b, 1+n, C]
             hidden[chosen[:, None], rows],  # [b, 1+n, C]
-            budgeted,
+            within_budget(config, count),
             backend=backend,
         )
         # Column 0 of `rows` is the class token, so that -1 and patch 0 stay apart.
@@ -51,3 +48,10 @@ def prune_merge_unpadded(
         for image, tokens, index in zip(images.tolist(), merged.split(), kept, strict=True):
             results[image] = tokens, index[: len(tokens)]
     return results
+
+
+def within_budget(config: PruMergeConfig, patches: int) -> PruMergeConfig:
+    """`config` for fewer patches than the tower's, of which `keep` may ask for more."""
+    if isinstance(config.keep, int):
+        return config.replace(keep=min(config.keep, patches))
+    return config

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_families import FAMILIES, V5, Family, FamilyOracle, takes
-from tiny_models import BOS, EVERYTHING, IMAGE, PAD, VIDEO, same, snapshot
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from tiny_families import FAMILIES, V5, Family, FamilyOracle, Part, takes
+from tiny_models import BOS, EVERYTHING, IMAGE, PAD, PATCHES, VIDEO, same, snapshot
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForImageTextToText,
@@ -28,6 +30,7 @@ from prumerge_fast.demo import MODEL_DIR, PROMPT
 from prumerge_fast.demo.scenes import benchmark
 from prumerge_fast.errors import UnsupportedModelError
 from prumerge_fast.patching import patch, patched, unpatch
+from prumerge_fast.quantisation import quantisation_config
 
 CONFIGS = {
     "iqr": PruMergeConfig(),
@@ -141,9 +144,27 @@ def test_generate_keeping_everything(family: Family, model: Any, name: str) -> N
 
 @pytest.mark.parametrize("name", ["iqr", "raster"])
 def test_generate(family: Family, plain: Any, model: Any, name: str) -> None:
-    """The prompts as passed, then greedy answers, padded after EOS."""
-    oracle, prompts = FamilyOracle(family, plain, CONFIGS[name]), family.prompts()
-    patch(model, CONFIGS[name])
+    """The prompts as passed, then greedy answers, padded after EOS; pictures in some or none."""
+    check_answers(family, plain, patch(model, CONFIGS[name]), family.prompts())
+
+
+SELECTIONS = {
+    "several images": lambda parts: sum(part[0] == "image" for part in parts) > 1,
+    "videos": lambda parts: any(part[0] == "video" for part in parts),
+}
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_generate_from(family: Family, plain: Any, model: Any, name: str) -> None:
+    prompts = [parts for parts in family.prompts() if SELECTIONS[name](parts)]
+    if not prompts:
+        pytest.skip("the model takes no videos")
+    for parts in prompts:
+        check_answers(family, plain, patch(model), [parts])
+
+
+def check_answers(family: Family, plain: Any, model: Any, prompts: list[list[Part]]) -> None:
+    oracle = FamilyOracle(family, plain, model.prumerge.config)
     inputs = family.inputs(prompts)
     output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
     length = inputs["input_ids"].shape[1]
@@ -297,6 +318,71 @@ def test_gradients_reach_tower_and_projector(family: Family, model: Any) -> None
             assert parameter.grad.any(), name
 
 
+def test_lora(family: Family, model: Any) -> None:
+    """Patched through PEFT's wrapper; gradients reach the adapters of both halves."""
+    inputs = family.inputs(family.prompts(), "right")
+    targets = r".*(language_model|_tower)\..*\.[qv]_proj"
+    adapters = LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+    wrapped = get_peft_model(model, adapters).eval()
+    with torch.no_grad():
+        expected = wrapped(**inputs).logits
+        assert torch.equal(patch(wrapped, **EVERYTHING)(**inputs).logits, expected)
+    patch(wrapped, PruMergeConfig())(
+        **inputs, labels=labels_of(inputs["input_ids"])
+    ).loss.backward()
+    moved = {name for name, p in wrapped.named_parameters() if p.grad is not None and p.grad.any()}
+    assert all("lora" in name for name in moved)
+    towers = [f"{kind}_tower" for kind in family.kinds]
+    for part in ("language_model", *(towers if family.model_name == "VideoLlava" else ["_tower"])):
+        assert any(part in name for name in moved), part
+
+
+@torch.no_grad()
+def test_four_bits(family: Family, tmp_path: Any) -> None:
+    """A language model in NF4, a tower as it was."""
+    pytest.importorskip("bitsandbytes")
+    model = family.model(feed_forward=128)  # bitsandbytes' kernel for CPUs takes multiples of 64
+    inputs = family.inputs(family.prompts())
+    exact = model(**inputs).logits
+    model.save_pretrained(tmp_path)
+    quantised = type(model).from_pretrained(
+        tmp_path,
+        quantization_config=quantisation_config(4, torch.float32),
+        device_map={"": "cpu"},
+    )
+    in_four_bits = {
+        name for name, m in quantised.named_modules() if type(m).__name__ == "Linear4bit"
+    }
+    assert len(in_four_bits) == 2 * 7  # the projections of the language model's layers
+    assert all("language_model" in name for name in in_four_bits)
+    expected = quantised(**inputs).logits
+    assert (expected - exact).abs().max() > 1e-2
+    # The kernel's blocks depend on the number of rows, which rounds sums in another order.
+    close(patch(quantised, **EVERYTHING)(**inputs).logits, expected)
+    output = patch(quantised, PruMergeConfig()).generate(**inputs, max_new_tokens=2)
+    assert torch.equal(output[:, :-2], inputs["input_ids"])
+
+
+@torch.no_grad()
+def test_offloaded(family: Family, model: Any) -> None:
+    """Weights brought by accelerate's hooks, module by module."""
+    accelerate = pytest.importorskip("accelerate")
+    inputs = family.inputs(family.prompts())
+    expected = patch(model, order="raster")(**inputs).logits
+    accelerate.cpu_offload(unpatch(model), torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert torch.equal(patch(model, order="raster")(**inputs).logits, expected)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+@torch.no_grad()
+def test_compiled(family: Family, model: Any) -> None:
+    inputs = family.inputs(family.prompts())
+    expected = patch(model, keep=4)(**inputs).logits
+    torch.compiler.reset()
+    close(torch.compile(model, backend="eager")(**inputs).logits, expected)
+
+
 @torch.no_grad()
 def test_text_alone_passes_as_it_is(family: Family, plain: Any, model: Any) -> None:
     inputs = family.inputs([[[BOS, 5, 6, 7]], [[BOS, 8]]])
@@ -350,6 +436,19 @@ def test_prompts_that_do_not_fit(family: Family, model: Any) -> None:
                 call(**inputs, inputs_embeds=torch.zeros(*fewer.shape, 64))
 
 
+def test_placeholders_without_pictures(family: Family, model: Any) -> None:
+    """A batch of none, as processors and data loaders make them."""
+    patch(model)
+    for kind in family.kinds:
+        prompts = [parts for parts in family.prompts() if family.pictures([parts], kind)]
+        inputs = family.inputs(prompts)
+        for name in family.arguments(kind, [0]):
+            inputs[name] = inputs[name][:0]
+        for call in (model, model.generate):
+            with pytest.raises(ValueError, match=f"{kind} tokens, and pixel_values.* no {kind}"):
+                call(**inputs)
+
+
 def test_pictures_without_placeholders(family: Family, model: Any) -> None:
     patch(model)
     text = family.inputs([[[BOS, 5, 6, 7]]])
@@ -393,7 +492,7 @@ def test_saves_the_plain_model(family: Family, model: Any, tmp_path: Any) -> Non
     assert torch.equal(copy.deepcopy(loaded)(**inputs).logits, expected)
 
 
-PICTURES = {  # height and width; what the model has of the grid, newlines included
+PICTURES = {  # height and width; what LLaVA-NeXT has of the grid, newlines included
     "1 x 1": (1, 1, 5 * 7),
     "thin rows": (1, 10_000, 1 * 11),
     "thin columns": (10_000, 1, 5 * 1),  # newlines only
@@ -402,20 +501,17 @@ PICTURES = {  # height and width; what the model has of the grid, newlines inclu
 
 @pytest.mark.parametrize("name", PICTURES)
 @torch.no_grad()
-def test_pictures_of_extreme_shape(name: str) -> None:
-    family = FAMILIES["LLaVA-NeXT"]
-    model = family.model()
+def test_pictures_of_extreme_shape(family: Family, model: Any, name: str) -> None:
     height, width, grid = PICTURES[name]
-    inputs = {
-        "input_ids": torch.tensor([[BOS, *[IMAGE] * (25 + grid), 5, 6]]),
-        "pixel_values": family.pixels("image", 1)[None],
-        "image_sizes": torch.tensor([[height, width]]),
-    }
+    noise = torch.randint(256, (height, width, 3), generator=torch.Generator().manual_seed(0))
+    pictures = family.processed(Image.fromarray(noise.to(torch.uint8).numpy()))
+    placeholders = PATCHES + (grid if "image_sizes" in pictures else 0)
+    inputs = {"input_ids": torch.tensor([[BOS, *[IMAGE] * placeholders, 5, 6]]), **pictures}
     expected = model(**inputs).logits
     assert torch.equal(patch(model, **EVERYTHING)(**inputs).logits, expected)
     patch(model, PruMergeConfig())
     assert model(**inputs).logits.isfinite().all()
-    assert model.prumerge.last_lengths[0] < 25 + grid
+    assert model.prumerge.last_lengths[0] < placeholders
 
 
 @pytest.mark.parametrize(

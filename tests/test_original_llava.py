@@ -9,7 +9,7 @@ import copy
 import json
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -40,6 +40,7 @@ from transformers import (
     LlamaTokenizer,
     MptForCausalLM,
 )
+from transformers.generation.streamers import BaseStreamer
 
 import prumerge_fast
 from prumerge_fast import PruMergeConfig, UnsupportedModelError
@@ -288,6 +289,32 @@ def test_generate(tower_path: str, kind: type) -> None:
     out = model.generate(ids, images=image, do_sample=False, max_new_tokens=6)
     assert out[0, -len(answer) :].tolist() == answer  # no prompt: the package returns none
     assert out.shape[1] <= len(answer) + 1
+
+
+@torch.no_grad()
+def test_beams_and_streamer(tower_path: str) -> None:
+    model, ids = tiny(tower_path), torch.tensor(PROMPTS[:1])
+    image = images_for(model)[:1]
+    features, _ = reduced(model, image[0], PruMergeConfig(keep=4))
+    embeds = spliced(model, PROMPTS[0], [features])
+    beams = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 5, "do_sample": False}
+    expected = LlamaForCausalLM.generate(model, inputs_embeds=embeds, **beams)
+    prumerge_fast.patch(model, keep=4)
+    assert torch.equal(model.generate(ids, images=image, **beams), expected)
+
+    class Recorder(BaseStreamer):
+        values: ClassVar[list[int]] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            self.values.extend(value.flatten().tolist())
+
+        def end(self) -> None:
+            self.values.append(-1)
+
+    answer = model.generate(
+        ids, images=image, max_new_tokens=4, do_sample=False, streamer=Recorder()
+    )
+    assert Recorder.values == [*answer[0].tolist(), -1]
 
 
 def test_forward_of_mpt_is_as_the_package_has_it(tower_path: str) -> None:

@@ -10,8 +10,10 @@ from typing import Any, ClassVar
 
 import torch
 import transformers
+from PIL import Image
 from tiny_models import BOS, IMAGE, PATCHES, VIDEO, Oracle, batch, tiny_model, tower_outputs
 from torch import Tensor
+from transformers import CLIPImageProcessor, LlavaNextImageProcessor
 
 from prumerge_fast.config import PruMergeConfig
 from prumerge_fast.dispatch import prune_merge
@@ -38,13 +40,13 @@ class Family:
     layers: tuple[int, ...] = (-2,)
     options: ClassVar[dict[str, Any]] = {}
 
-    def model(self, seed: int = 0, attention: str = "sdpa") -> Any:
+    def model(self, **changes: Any) -> Any:
         model_class = getattr(transformers, f"{self.model_name}ForConditionalGeneration")
         config_class = getattr(transformers, f"{self.model_name}Config")
-        options = dict(self.options)
+        options = {**self.options, **changes}
         if "video" in self.kinds:
             options["video_token_index"] = VIDEO
-        return tiny_model(model_class, config_class, seed, attention, **options)
+        return tiny_model(model_class, config_class, **options)
 
     def placeholders(self, kind: str, number: int) -> int:
         return PATCHES
@@ -58,6 +60,20 @@ class Family:
         """What the model takes for these images or videos."""
         name = "pixel_values" if kind == "image" else "pixel_values_videos"
         return {name: torch.stack([self.pixels(kind, number) for number in numbers])}
+
+    def processed(self, image: Image.Image) -> dict[str, Tensor]:
+        """What the model takes for this image."""
+        processor = self.processor(
+            size={"shortest_edge": 30}, crop_size={"height": 30, "width": 30}
+        )
+        # Of a picture one pixel high, transformers 4 cannot tell channels from rows by itself.
+        processed = dict(processor(image, input_data_format="channels_last", return_tensors="pt"))
+        if "pixel_values" not in self.arguments("image", [0]):  # Video-LLaVA in transformers 4
+            processed = {"pixel_values_images": processed["pixel_values"]}
+        return processed
+
+    def processor(self, **size: Any) -> Any:
+        return CLIPImageProcessor(**size)
 
     def features(self, oracle: FamilyOracle, kind: str, number: int) -> Tensor:
         """The projected tokens [m, D] of an image or a video, by hand."""
@@ -150,6 +166,10 @@ class FamilyOracle(Oracle):
         return [-100, *labels[1:]]
 
 
+class Llava(Family):
+    model_name = "Llava"
+
+
 class LlavaLayers(Family):
     model_name = "Llava"
     layers = (-2, -3)
@@ -207,6 +227,9 @@ class LlavaNext(Family):
     options: ClassVar[dict[str, Any]] = {
         "image_grid_pinpoints": [[30, 60], [60, 30], [60, 60], [90, 30]]
     }
+
+    def processor(self, **size: Any) -> Any:
+        return LlavaNextImageProcessor(**size, **self.options)
 
     def placeholders(self, kind: str, number: int) -> int:
         rows, columns = self.read[number]
@@ -293,6 +316,7 @@ class LlavaNextVideo(LlavaNext):
 
 
 FAMILIES: dict[str, Family] = {
+    "LLaVA": Llava(),
     "LLaVA of several layers": LlavaLayers(),
     "ViP-LLaVA": VipLlava(),
     "Video-LLaVA": VideoLlava(),

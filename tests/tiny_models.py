@@ -29,7 +29,12 @@ def tiny_llava(
 
 
 def tiny_model(
-    model_class: Any, config_class: Any, seed: int = 0, attention: str = "sdpa", **options: Any
+    model_class: Any,
+    config_class: Any,
+    seed: int = 0,
+    attention: str = "sdpa",
+    feed_forward: int = 96,
+    **options: Any,
 ) -> Any:
     """A model of a family, of that size, with weights under which answers depend on everything."""
     torch.manual_seed(seed)
@@ -44,7 +49,7 @@ def tiny_model(
     )
     text = LlamaConfig(
         hidden_size=64,
-        intermediate_size=96,
+        intermediate_size=feed_forward,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

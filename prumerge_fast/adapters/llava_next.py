@@ -21,7 +21,7 @@ from torch import Tensor
 from prumerge_fast.adapters.base import ImageTokens
 from prumerge_fast.adapters.llava import LlavaAdapter
 from prumerge_fast.config import PruMergeConfig
-from prumerge_fast.dispatch import prune_merge
+from prumerge_fast.padding import prune_merge_unpadded
 
 
 class _Rows(NamedTuple):
@@ -62,7 +62,7 @@ class LlavaNextAdapter(LlavaAdapter):
         rows = _prune_crops(query, keys, hidden, layout, config, backend)
 
         features = model.model.multi_modal_projector(rows.tokens)  # [R, D]
-        newline = model.model.image_newline.to(features)[None]  # [1, D]
+        newline = _newline(model).to(features)[None]  # [1, D]
         index, lengths = _arrange(rows.crop, rows.patch, layout, config.order)
         features = torch.cat((features, newline))[index.to(features.device)]
         return ImageTokens(features, lengths, [len(places) for places in layout.images])
@@ -143,33 +143,23 @@ def _prune_crops(
     backend: str,
 ) -> _Rows:
     """Prune and merge each crop over its patches that are read; rows in the order of crops."""
-    patches = layout.is_read.shape[1]
-    sizes = layout.is_read.sum(1)  # [K]
-    groups = []
-    for size in sizes[sizes > 0].unique().tolist():  # crops of as many patches at a time
-        crops = (sizes == size).nonzero()  # [G, 1]
-        read = layout.is_read[crops[:, 0]].nonzero()[:, 1].view(-1, size)  # [G, n]
-        with_class = torch.nn.functional.pad(read + 1, (1, 0))  # [G, 1+n]
-        at = (crops.to(keys.device), with_class.to(keys.device))
-        merged = prune_merge(
-            query[at[0][:, 0]], keys[at], hidden[at], within_budget(config, size), backend=backend
-        )
-        kept = merged.kept.long().cpu()  # [G, capacity]
-        is_row = torch.arange(kept.shape[1]) < merged.lengths.cpu()[:, None]  # [G, capacity]
-        patch = crops * patches + read.gather(1, kept.clamp(min=0))  # [G, capacity]
-        tokens, _ = merged.packed()
-        crop, patch = crops.expand_as(kept), patch.where(kept >= 0, -1)  # [G, capacity]
-        groups.append(_Rows(tokens, crop[is_row], patch[is_row]))
-    tokens, crop, patch = (torch.cat(parts) for parts in zip(*groups, strict=True))
-    by_crop = crop.argsort(stable=True)
-    return _Rows(tokens[by_crop.to(tokens.device)], crop[by_crop], patch[by_crop])
+    merged = prune_merge_unpadded(query, keys, hidden, layout.is_read, config, backend)
+    tokens, kept = zip(*merged, strict=True)  # of each crop [m, C] and [m]
+    crop = torch.arange(len(merged)).repeat_interleave(torch.tensor(list(map(len, kept))))  # [R]
+    patch = torch.cat(kept).long().cpu()  # [R]
+    numbered = crop * layout.is_read.shape[1] + patch  # [R]
+    return _Rows(torch.cat(tokens), crop, numbered.where(patch >= 0, -1))
 
 
-def within_budget(config: PruMergeConfig, patches: int) -> PruMergeConfig:
-    """`config` for fewer patches than the tower's, of which `keep` may ask for more."""
-    if isinstance(config.keep, int):
-        return config.replace(keep=min(config.keep, patches))
-    return config
+def _newline(model: Any) -> Tensor:
+    """The newline [D], which accelerate brings only to the model's own `forward`."""
+    owner = model.model
+    if not owner.image_newline.is_meta:
+        return owner.image_newline
+    from accelerate.utils import align_module_device
+
+    with align_module_device(owner):
+        return owner.image_newline
 
 
 def _arrange(crop: Tensor, patch: Tensor, layout: _Layout, order: str) -> tuple[Tensor, list[int]]:

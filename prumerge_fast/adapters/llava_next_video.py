@@ -15,9 +15,10 @@ from torch import Tensor
 
 from prumerge_fast.adapters.base import ImageTokens
 from prumerge_fast.adapters.llava import project_videos, video_frames
-from prumerge_fast.adapters.llava_next import LlavaNextAdapter, within_budget
+from prumerge_fast.adapters.llava_next import LlavaNextAdapter
 from prumerge_fast.config import PruMergeConfig
 from prumerge_fast.dispatch import prune_merge
+from prumerge_fast.padding import within_budget
 
 
 class LlavaNextVideoAdapter(LlavaNextAdapter):
