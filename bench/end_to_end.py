@@ -234,7 +234,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
     settings = {key: getattr(options, key) for key in ("rounds", "new_tokens")}
     settings["attention"] = "sdpa"
     result = _resumed(options.output, settings, report.provenance([], device))
-    result["command"] = ["python", "bench/end_to_end.py", *arguments]
+    command = ["python", "bench/end_to_end.py", *arguments]
     done = {(row["model"], row["precision"], row["batch_size"]) for row in result["rows"]}
     calls = (1 + options.rounds) * (3 + len(KEEPS))
     with Progress(console=report.messages()) as progress:
@@ -254,7 +254,10 @@ def main(arguments: list[str]) -> dict[str, Any]:
                     new_tokens=options.new_tokens,
                     tick=lambda bar=bar: progress.advance(bar),
                 )
-                result["rows"] += [{"model": model, "precision": precision, **r} for r in rows]
+                result["rows"] += [
+                    {"model": model, "precision": precision, "command": command, **row}
+                    for row in rows
+                ]
                 _write(options.output, result)
             progress.update(bar, completed=calls * len(batches))
             del subject
@@ -302,6 +305,7 @@ def _subject(model: str, precision: str, device: torch.device, layers: int | Non
 
 def _resumed(path: Path, settings: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
     """What the file holds, or an empty result."""
+    del run["command"]  # each row has its own
     run["settings"] = settings
     if not path.exists():
         return {**run, "rows": []}

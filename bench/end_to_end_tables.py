@@ -60,7 +60,7 @@ def _groups(result: dict[str, Any]) -> Iterator[_Table]:
         title = f"{model}, {precision}, batch of {batch}, {layers} of {of_layers} decoder layers"
         found = list(rows)
         columns = zip(*map(_cells, found), strict=True)
-        policies = [row["policy"] for row in found]
+        policies = [row["policy"].removeprefix("PruMerge, ") for row in found]
         yield title, policies, list(zip(QUANTITIES, columns, strict=True))
 
 

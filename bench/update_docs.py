@@ -19,6 +19,7 @@ from typing import Any
 import accuracy_tables
 import cost_tables
 import demo_tables
+import end_to_end_tables
 import kernel_tables
 import support_table
 
@@ -114,6 +115,17 @@ def quantised() -> str:
     return f"{demo_tables.quantised(runs)} {_provenance(last, name)}"
 
 
+def end_to_end() -> str:
+    """What `bench/end_to_end.py` measured, by one command or several."""
+    name = "end-to-end-cpu.json"
+    run = _read(name)
+    commands = dict.fromkeys(" ".join(row["command"]) for row in run["rows"])
+    return (
+        f"{end_to_end_tables.markdown(run)}\n\n"
+        f"{_provenance({**run, 'command': ['`, `'.join(commands)]}, name)}"
+    )
+
+
 def _from_run(name: str, table: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
     """A table with the provenance of the result file that it is of."""
 
@@ -150,6 +162,7 @@ TABLES = {
     "finetuning": _from_run("demo-finetune.json", demo_tables.finetuning),
     "trained": _from_run("demo-finetune.json", demo_tables.trained),
     "quantised": quantised,
+    "end_to_end": end_to_end,
     "support": support_table.table,
     "paired": _from_run("demo-accuracy.json", accuracy_tables.paired),
 }
