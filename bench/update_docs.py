@@ -9,6 +9,7 @@ A table stands between `<!-- results:NAME -->` and `<!-- /results:NAME -->`.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -115,15 +116,22 @@ def quantised() -> str:
     return f"{demo_tables.quantised(runs)} {_provenance(last, name)}"
 
 
-def end_to_end() -> str:
-    """What `bench/end_to_end.py` measured, by one command or several."""
+def end_to_end(*, only: tuple[str, str, int] | None = None) -> str:
+    """What `bench/end_to_end.py` measured, by one command or several.
+
+    Args:
+        only: Model, precision and batch size of one table; `None` for all.
+    """
     name = "end-to-end-cpu.json"
     run = _read(name)
-    commands = dict.fromkeys(" ".join(row["command"]) for row in run["rows"])
-    return (
-        f"{end_to_end_tables.markdown(run)}\n\n"
-        f"{_provenance({**run, 'command': ['`, `'.join(commands)]}, name)}"
-    )
+    rows = [
+        row
+        for row in run["rows"]
+        if only in (None, (row["model"], row["precision"], row["batch_size"]))
+    ]
+    commands = dict.fromkeys(" ".join(row["command"]) for row in rows)
+    run |= {"rows": rows, "command": ["`, `".join(commands)]}
+    return f"{end_to_end_tables.markdown(run)}\n\n{_provenance(run, name)}"
 
 
 def _from_run(name: str, table: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
@@ -163,6 +171,7 @@ TABLES = {
     "trained": _from_run("demo-finetune.json", demo_tables.trained),
     "quantised": quantised,
     "end_to_end": end_to_end,
+    "seven_billion": functools.partial(end_to_end, only=("llava-1.5-7b", "bfloat16", 1)),
     "support": support_table.table,
     "paired": _from_run("demo-accuracy.json", accuracy_tables.paired),
 }
