@@ -171,11 +171,14 @@ def prune_merge_kernel(
                     total = own_attention + neighbour_weight(
                         similarities, attention_words, threshold, last, num_tiles, BLOCK_M, BLOCK_N
                     )
+                    # Scaled before it is inverted: of a subnormal total the inverse is infinite.
+                    row_scale, _ = power_of_two_scale(total)
                     is_weightless = total == 0
-                    row_scale = tl.where(is_weightless, 0.0, 1.0 / total)
-                    own_share = tl.where(is_weightless, 1.0, own_attention * row_scale)
+                    inverse = tl.where(is_weightless, 0.0, 1.0 / (total * row_scale))
+                    own_share = own_attention * row_scale * inverse
+                    own_share = tl.where(is_weightless, 1.0, own_share)
                     own_weight = tl.where(is_centre, own_share, 0.0)
-                    row_unscale = tl.where(is_centre, 1.0, supplement_unscale)
+                    row_unscale = tl.where(is_centre, inverse, supplement_unscale)
                 store_weights(
                     weights, similarities, attention_words, left, threshold, last, row_scale,
                     is_centre, is_supplement, supplement_scale, num_tiles, BLOCK_M, BLOCK_N,
@@ -218,7 +221,7 @@ def prune_merge_kernel(
 def prune_merge(
     query: Tensor, keys: Tensor, hidden: Tensor, *, launch: LaunchConfig, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Reduce the patch tokens of B images, in one launch.
+    """Reduce the patch tokens of B images, in one launch on the current device.
 
     Args:
         query: [B, C], float16, bfloat16 or float32; any strides, as of the other two.
@@ -234,8 +237,7 @@ def prune_merge(
     outputs, positional, named = launch_arguments(query, keys, hidden, launch=launch, **options)
     batch = keys.shape[0]
     if batch > 0:
-        with torch.cuda.device_of(keys):
-            prune_merge_kernel[(batch, launch.splits)](*positional, **named)
+        prune_merge_kernel[(batch, launch.splits)](*positional, **named)
     return outputs
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from prumerge_fast.autocast import without_autocast
 from prumerge_fast.config import PruMergeConfig
 from prumerge_fast.errors import BackendUnavailableError
 from prumerge_fast.output import MergedTokens
@@ -83,9 +83,10 @@ def prune_merge(
 ) -> MergedTokens:
     """Reduce the patch tokens of B images (LLaVA-PruMerge, arXiv 2403.15388, Algorithm 1).
 
-    Scores, similarities and sums are computed in float32 (float64 for float64 input), autocast
-    or not. Row 0 of every input is the class token. With `keep` given, shapes are static and
-    nothing waits for the device; without it, the number of rows is read once.
+    Scores, similarities and sums are computed in float32 (float64 for float64 input), autocast or
+    not; on a GPU, the torch and reference backends follow `torch.set_float32_matmul_precision`.
+    Row 0 of every input is the class token. With `keep` given, shapes are static and nothing waits
+    for the device; without it, the number of rows is read once.
 
     Differentiable in `query`, `keys` and `hidden`; the selection is held constant.
 
@@ -125,7 +126,7 @@ def prune_merge(
     implementation = _IMPLEMENTATIONS[resolved.name]
     if query.ndim == 3:
         query = query[:, 0]  # [B, C]
-    with _without_autocast(keys.device.type):
+    with without_autocast(keys.device.type):
         return implementation(query, keys, hidden, config)
 
 
@@ -164,10 +165,3 @@ def _check_tensors(query: Tensor, keys: Tensor, hidden: Tensor) -> None:
             raise ValueError(
                 f"{name}: expected the device of keys, {keys.device}, got {tensor.device}"
             )
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager[None]:
-    """Autocast would run the similarities in half precision and so change the selection."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()

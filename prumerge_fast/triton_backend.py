@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prumerge_fast.autocast import without_autocast
 from prumerge_fast.config import PruMergeConfig
 from prumerge_fast.gradients import prune_merge_gradients
 from prumerge_fast.output import MergedTokens
@@ -160,12 +161,14 @@ def _prune_merge(
 
     target = launch_target(keys.device)
     shape = (batch, rows - 1, channels, typical + supplement, keys.dtype, target)
-    if _autotunes() and batch > 0 and not _is_capturing(keys.device):
-        from prumerge_fast.kernels.autotune import fastest
+    # Triton launches, times and captures on the current device, which need not be the tensors'.
+    with torch.cuda.device_of(keys):
+        if _autotunes() and batch > 0 and not _is_capturing(keys.device):
+            from prumerge_fast.kernels.autotune import fastest
 
-        key = (*shape, keys.device, *options.values())
-        return run(fastest(key, launch_config.launch_candidates(*shape), run))
-    return run(launch_config.choose_launch(*shape))
+            key = (*shape, keys.device, *options.values())
+            return run(fastest(key, launch_config.launch_candidates(*shape), run))
+        return run(launch_config.choose_launch(*shape))
 
 
 def _autotunes() -> bool:
@@ -211,9 +214,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, grad_tokens: Tensor, _l: Any, _k: Any, grad_attention: Tensor) -> Any:
-    gradients = prune_merge_gradients(
-        grad_tokens, grad_attention, *ctx.saved_tensors, **ctx.options
-    )
+    # Autocast may be on where `backward` is called, or where a compiled forward pass was.
+    with without_autocast(grad_tokens.device.type):
+        gradients = prune_merge_gradients(
+            grad_tokens, grad_attention, *ctx.saved_tensors, **ctx.options
+        )
     return (*gradients, *(None,) * 7)
 
 

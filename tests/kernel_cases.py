@@ -122,6 +122,23 @@ def assert_like_golden(name: str, config: PruMergeConfig, suffix: str, dtype: to
     assert relative_error(merged.tokens[0], tokens) < TOLERANCE[dtype]
 
 
+def assert_same_neighbours(name: str, dtype: torch.dtype) -> None:
+    """Which tokens merge into which centre of a golden image, index by index.
+
+    A neighbour of little attention changes a row by less than half precision's tolerance. With the
+    identity for tokens the rows are the weights, of which exactly those of neighbours are not zero.
+    """
+    (query, keys, _), _ = golden(name)
+    num_patches, channels = keys.shape[1] - 1, keys.shape[2]
+    width = -(-num_patches // channels) * channels
+    hidden = torch.eye(1 + num_patches, 1 + width)[None, :, 1:]  # row 0 is the class token's
+    inputs = query.to(dtype), keys.to(dtype), hidden.to(dtype)
+    found = prune_merge(*inputs, backend="triton")
+    expected = prune_merge(*(tensor.double() for tensor in inputs), backend="torch")
+    assert torch.equal(found.kept, expected.kept)
+    assert torch.equal(found.tokens != 0, expected.tokens != 0)
+
+
 def assert_like_torch_but_not_finite(inputs: Inputs, config: PruMergeConfig) -> None:
     """`assert_like_torch` for a batch of two float16 images of which the first is not finite."""
     expected = prune_merge(*(tensor.float() for tensor in inputs), config, backend="torch")

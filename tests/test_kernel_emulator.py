@@ -15,6 +15,7 @@ from kernel_cases import (
     assert_like_golden,
     assert_like_torch,
     assert_like_torch_but_not_finite,
+    assert_same_neighbours,
     poison_new_memory,
     random_inputs,
     tied_inputs,
@@ -169,6 +170,19 @@ def test_one_token_takes_all_attention(emulator: ptxemu.Emulator, merge: str) ->
     assert found.attention.max() > 0.99
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_average_of_subnormal_weights(emulator: ptxemu.Emulator, dtype: torch.dtype) -> None:
+    """The class token attends to itself, and what is left over has no inverse in float32."""
+    query, keys, hidden = random_inputs(1, 24, 64, torch.float32)
+    query[:], keys[:, :, 0] = 0, -91
+    query[:, 0], keys[:, 0] = 8, 0  # scores: one 0, all others -91
+    config = PruMergeConfig(keep=24, neighbours=3, merge="average", supplement=False)
+    inputs = (query.to(dtype), (keys * 8).to(dtype), hidden.to(dtype))
+    inputs[1][:, :, 0] /= 8
+    found = assert_like_torch(inputs, config, dtype)
+    assert 0 < found.attention.max() < 1e-38
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["query", "keys", "hidden", "key of one patch"])
 def test_values_that_are_not_finite(emulator: ptxemu.Emulator, value: float, where: str) -> None:
@@ -215,3 +229,21 @@ def test_golden(
 ) -> None:
     emulator.schedule, emulator.check_races = "lockstep", False
     assert_like_golden(name, config, suffix, dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("photo_chelsea", torch.float16),
+        pytest.param("photo_chelsea", torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param("heavy_tailed_0", torch.float16, marks=pytest.mark.slow),
+        pytest.param("heavy_tailed_0", torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param("heavy_tailed_0", torch.float32, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_neighbours_are_the_same_tokens(
+    emulator: ptxemu.Emulator, name: str, dtype: torch.dtype
+) -> None:
+    emulator.schedule, emulator.check_races = "lockstep", False
+    assert_same_neighbours(name, dtype)

@@ -8,7 +8,7 @@ from kernel_resources import SHARED_MEMORY, TARGETS, resources_of
 from prumerge_fast.kernels.launch_config import choose_launch
 
 LARGEST_CODE = 300_000  # bytes
-SHAPES = [(576, 1024), (196, 192), (256, 768), (729, 1152), (577, 1000)]
+SHAPES = [(576, 1024), (196, 192), (256, 768), (729, 1152), (577, 1000), (1024, 1664)]
 OPTIONS = {
     "default": {},
     "plus": {"plus": True, "merge": "none"},

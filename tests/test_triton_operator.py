@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,22 +72,50 @@ def test_compiles_as_one_graph(emulator: ptxemu.Emulator, name: str) -> None:
         assert torch.equal(found, expected)
 
 
+def tokens_and_gradients(
+    reduce: Callable[..., torch.Tensor], forward: Any, backward: Any
+) -> list[torch.Tensor]:
+    """The tokens and the gradients of all inputs, with a context for each pass."""
+    inputs = random_inputs(2, 20, 16, torch.float32)
+    for tensor in inputs:
+        tensor.requires_grad_()
+    with forward:
+        tokens = reduce(*inputs)
+    upstream = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(1))
+    loss = (tokens * upstream).sum()
+    with backward:
+        loss.backward()
+    return [tokens, *(tensor.grad for tensor in inputs)]
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gradients_are_the_torch_backends(emulator: ptxemu.Emulator, name: str) -> None:
-    gradients = {}
-    for backend in ("torch", "triton"):
-        inputs = random_inputs(2, 20, 16, torch.float32)
-        for tensor in inputs:
-            tensor.requires_grad_()
-        merged = prune_merge(*inputs, CONFIGS[name], backend=backend)
-        generator = torch.Generator().manual_seed(1)
-        upstream = torch.randn(merged.tokens.shape, generator=generator)
-        (merged.tokens * upstream).sum().backward()
-        gradients[backend] = [tensor.grad for tensor in inputs]
-    for expected, found in zip(gradients["torch"], gradients["triton"], strict=True):
-        assert expected is not None
-        assert found is not None
+    results = [
+        tokens_and_gradients(
+            lambda *inputs: prune_merge(*inputs, CONFIGS[name], backend=backend).tokens,  # noqa: B023
+            nullcontext(),
+            nullcontext(),
+        )
+        for backend in ("torch", "triton")
+    ]
+    for expected, found in zip(*results, strict=True):
         assert relative_error(found, expected) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("where", ["backward", "compiled forward"])
+def test_autocast_leaves_gradients_alone(emulator: ptxemu.Emulator, where: str) -> None:
+    def reduce(*inputs: torch.Tensor) -> torch.Tensor:
+        return prune_merge(*inputs, CONFIGS["budget-average"], backend="triton").tokens
+
+    plain = tokens_and_gradients(reduce, nullcontext(), nullcontext())
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16)
+    if where == "backward":
+        cast = tokens_and_gradients(reduce, nullcontext(), autocast)
+    else:  # whose backward pass is traced with it
+        compiled = torch.compile(reduce, fullgraph=True, backend="aot_eager")
+        cast = tokens_and_gradients(compiled, autocast, nullcontext())
+    for found, expected in zip(cast, plain, strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_patched_generate_runs_the_kernel(emulator: ptxemu.Emulator) -> None:
@@ -167,20 +196,30 @@ def test_autotune_keeps_the_fastest(
     monkeypatch.setattr(autotune, "_fastest", {})
     timed: list[LaunchConfig] = []
     launched: list[LaunchConfig] = []
+    current: list[torch.Tensor] = []  # whose device is the current one
     real = kernel.prune_merge
 
+    @contextmanager
+    def device_of(tensor: torch.Tensor) -> Iterator[None]:
+        current.append(tensor)
+        yield
+        current.pop()
+
     def launch_noted(*args: Any, launch: LaunchConfig, **options: Any) -> Any:
+        assert current
         launched.append(launch)
         return real(*args, launch=launch, **options)
 
     def timer(run: Callable[[], Any], quantiles: tuple[float, ...]) -> float:
         """The third candidate is the fastest, and the second does not fit."""
+        assert current  # events and streams are the current device's
         run()
         timed.append(launched[-1])
         if len(timed) == 2:
             raise OutOfResources(2, 1, "shared memory")
         return 1.0 if len(timed) == 3 else 2.0
 
+    monkeypatch.setattr("torch.cuda.device_of", device_of)
     monkeypatch.setattr(kernel, "prune_merge", launch_noted)
     monkeypatch.setattr(type(emulator), "get_benchmarker", lambda self: timer)
     inputs = random_inputs(1, 40, 64, torch.float16)
