@@ -71,7 +71,7 @@ GOOD = {"question_id": 1, "image": "picture.png", "text": "What?"}
         ({**GOOD, "text": "\ud800"}, "expected text in Unicode, got 'utf-8' codec can't encode"),
         (
             {**GOOD, "answer": ["a", "b"]},
-            "expected answer or label to be a str or a number, got ['",
+            "expected answer or label to be a str or a number, got [",
         ),
         ({**GOOD, "label": True}, "expected answer or label to be a str or a number, got True"),
     ],
