@@ -67,6 +67,13 @@ GOOD = {"question_id": 1, "image": "picture.png", "text": "What?"}
         ({**GOOD, "text": 5}, "expected text to be str, got 5"),
         ({**GOOD, "question_id": None}, "expected question_id to be int or str, got None"),
         ({**GOOD, "image": "gone.png"}, "expected an existing image, got "),
+        ({**GOOD, "image": "x" * 300}, "expected an existing image, got "),
+        ({**GOOD, "text": "\ud800"}, "expected text in Unicode, got 'utf-8' codec can't encode"),
+        (
+            {**GOOD, "answer": ["a", "b"]},
+            "expected answer or label to be a str or a number, got [",
+        ),
+        ({**GOOD, "label": True}, "expected answer or label to be a str or a number, got True"),
     ],
 )
 def test_a_bad_line_is_named_by_its_number(tmp_path, picture, line, says):
@@ -74,6 +81,13 @@ def test_a_bad_line_is_named_by_its_number(tmp_path, picture, line, says):
     with pytest.raises(InputError) as caught:
         items_from_jsonl(path, tmp_path)
     assert f"q.jsonl:3: {says}" in str(caught.value)
+
+
+def test_line_ends_of_unicode_within_a_question(tmp_path, picture):
+    text = "two\u2028lines, \x85 three"
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps({**GOOD, "text": text}, ensure_ascii=False), encoding="utf-8")
+    assert [item.text for item in items_from_jsonl(path, tmp_path)] == [text]
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xff\xfe\x00"])

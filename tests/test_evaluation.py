@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -266,6 +267,78 @@ def test_answers_of_other_settings_are_not_mixed(command, capsys, monkeypatch):
     assert "--output: expected answers of a run with these settings" in message
 
 
+@pytest.fixture
+def question_file(photos, tmp_path):  # noqa: F811
+    """Writes questions, with their answers, about one photograph into one file."""
+    path = tmp_path / "questions.jsonl"
+
+    def write(*questions):
+        path.write_text(
+            "".join(
+                json.dumps({"question_id": n, "image": "coffee.jpg", "text": text, "answer": "w1"})
+                + "\n"
+                for n, text in enumerate(questions)
+            )
+        )
+        return path
+
+    return write
+
+
+@pytest.fixture
+def ask(folder, photos, tmp_path):  # noqa: F811
+    return [
+        *("evaluate", "--model", folder, "--questions", tmp_path / "questions.jsonl"),
+        *("--image-folder", photos, "--tokens", "5", "--max-new-tokens", "2", "--batch-size", "1"),
+        *("--output", tmp_path / "result.json"),
+    ]
+
+
+@pytest.mark.parametrize("changed", [["what ?", "where ?"], ["what ?"]])
+def test_answers_to_other_questions_are_not_mixed(ask, question_file, capsys, changed):
+    question_file("what ?", "who ?")
+    assert main([str(argument) for argument in ask]) == 0
+    capsys.readouterr()
+    question_file(*changed)
+    message = refusal(capsys, *ask)
+    assert "--output: expected answers of a run with these settings" in message
+
+
+def test_answers_of_other_models_and_images_are_not_mixed(ask, question_file, capsys, tmp_path):
+    question_file("what ?")
+    assert main([str(argument) for argument in ask]) == 0
+    capsys.readouterr()
+    for option in ("--model", "--image-folder"):
+        given = ask[ask.index(option) + 1]
+        other = tmp_path / "other" / given.name  # of the same name
+        shutil.copytree(given, other)
+        message = refusal(capsys, *(other if argument is given else argument for argument in ask))
+        assert "--output: expected answers of a run with these settings" in message
+
+
+def test_resumes_over_answers_with_line_ends_of_unicode(command, capsys, monkeypatch):
+    arguments, _ = command
+    decoded = run.answer_batch
+
+    def answer_batch(*given):
+        line = decoded(*given)
+        return {**line, "texts": {name: ["a\u2028b"] * 2 for name in line["texts"]}}
+
+    monkeypatch.setattr(run, "answer_batch", answer_batch)
+    assert main(arguments) == 0
+    monkeypatch.setattr(run, "answer_batch", None)
+    assert main(arguments) == 0
+
+
+def test_budgets_given_twice_are_asked_once(command, capsys):
+    arguments, _ = command
+    assert main([*arguments[:-2], "--tokens", "8", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["settings"]["tokens"] == [8]
+    pairs = [(row["policy"], row["against"], row["kind"]) for row in result["paired"]]
+    assert len(pairs) == len(set(pairs))
+
+
 def test_question_file(folder, photos, tmp_path, capsys):  # noqa: F811
     path = tmp_path / "questions.jsonl"
     records = [
@@ -297,6 +370,8 @@ def test_question_file(folder, photos, tmp_path, capsys):  # noqa: F811
         (["--image-folder", "x"], "--image-folder: expected --questions"),
         (["--questions", "gone.jsonl"], "--questions: expected a readable text file"),
         (["--output", f"{__file__}/x.json"], "--output: expected a writable file"),
+        (["--output", str(Path(__file__).parent)], "--output: expected a file, got the folder"),
+        (["--output", "."], "--output: expected a file, got the folder"),
     ],
 )
 def test_bad_options(command, capsys, extra, says):

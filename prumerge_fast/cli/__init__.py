@@ -343,7 +343,9 @@ def _evaluate(
             questions=questions,
             image_folder=image_folder,
             count=count,
-            budgets=[_whole_number(value) for value in tokens or ("8", "16", "32", "64", "128")],
+            budgets=list(
+                dict.fromkeys(map(_whole_number, tokens or ("8", "16", "32", "64", "128")))
+            ),
             output=output,
             dtype=dtype.value,
             device=device,

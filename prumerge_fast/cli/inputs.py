@@ -129,7 +129,8 @@ def items_from_jsonl(path: Path, folder: Path) -> list[Item]:
             that format or names an image that does not exist.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: JSON strings may hold characters that it takes for line ends.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"--questions: expected a readable text file, got {path} ({error})"
@@ -163,10 +164,22 @@ def _item(line: str, where: str, folder: Path) -> Item:
                 f"{where}: expected {name} to be {' or '.join(t.__name__ for t in types)}, "
                 f"got {record[name]!r}"
             )
+    try:
+        record["text"].encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: expected text in Unicode, got {error}") from None
     image = folder / record["image"]
-    if not image.is_file():
+    try:
+        exists = image.is_file()
+    except OSError:  # a name that no file can have
+        exists = False
+    if not exists:
         raise InputError(f"{where}: expected an existing image, got {image}")
     expected = record.get("answer", record.get("label"))
+    if isinstance(expected, (bool, dict, list)):  # as text, no answer would ever match it
+        raise InputError(
+            f"{where}: expected answer or label to be a str or a number, got {expected!r}"
+        )
     category = record.get("category")
     return Item(
         question_id=record["question_id"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,6 +77,8 @@ def run(options: EvaluationOptions) -> None:
         InputError: Something given cannot be used. Answers written until then stay.
     """
     items = _items(options)
+    if options.output is not None and (options.output.is_dir() or not options.output.name):
+        raise InputError(f"--output: expected a file, got the folder {options.output}")
     loaded = load(options.model, dtype=options.dtype, device=options.device)
     if not any(cls.__name__ == FAMILY for cls in type(loaded.model).__mro__):
         raise InputError(
@@ -117,7 +120,7 @@ def _items(options: EvaluationOptions) -> list[Item]:
 
 
 def _settings(options: EvaluationOptions, loaded: Loaded) -> dict[str, Any]:
-    """What answers depend on, so that a run is resumed only with the same."""
+    """What a result says of how it came about."""
     return {
         "questions": None if options.questions is None else str(options.questions),
         "count": None if options.questions is not None else options.count,
@@ -125,6 +128,18 @@ def _settings(options: EvaluationOptions, loaded: Loaded) -> dict[str, Any]:
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "batch_size": options.batch_size,
         "max_new_tokens": options.max_new_tokens,
+    }
+
+
+def _header(options: EvaluationOptions, loaded: Loaded, items: Sequence[Item]) -> dict[str, Any]:
+    """What answers depend on, so that a run is resumed only with the same."""
+    asked = [[item.question_id, item.image, item.text] for item in items]
+    return {
+        "model": loaded.name,
+        "source": options.model,
+        **_settings(options, loaded),
+        "image_folder": None if options.image_folder is None else str(options.image_folder),
+        "asked": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
     }
 
 
@@ -143,9 +158,8 @@ def answer_all(
     """
     size = options.batch_size
     batches = [items[start : start + size] for start in range(0, len(items), size)]
-    header = {"model": loaded.name, **_settings(options, loaded)}
     path = None if options.output is None else answers_file(options.output)
-    lines = [] if path is None else _resumed(path, header)
+    lines = [] if path is None else _resumed(path, _header(options, loaded, items))
     console = report.messages()
     columns = (TextColumn("questions"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
@@ -174,7 +188,7 @@ def _resumed(path: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
         whole = text[: text.rfind("\n") + 1]  # an interrupted last line is asked again
         if whole != text:
             path.write_text(whole, encoding="utf-8")
-        first, *lines = [json.loads(line) for line in whole.splitlines()]
+        first, *lines = [json.loads(line) for line in whole.split("\n")[:-1]]
     except (OSError, ValueError) as error:
         raise InputError(
             f"--output: expected a writable file with answers of an earlier run or none beside it, "
