@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -23,6 +24,7 @@ pytest.importorskip(
 )
 datasets = pytest.importorskip("datasets")
 from lmms_eval.models import get_model  # noqa: E402
+from lmms_eval.tasks import TaskManager  # noqa: E402
 
 COUNT = 24
 TASK = Path(__file__).with_name("lmms_task")
@@ -153,12 +155,95 @@ def test_prompts_without_images_several_images_and_stop_strings(build: Callable[
 
 
 @pytest.mark.parametrize(
+    ("options", "samples"),
+    [
+        ({}, False),
+        ({"until": None, "do_sample": False}, False),  # what a task without options passes
+        ({"temperature": 0.0, "top_p": 0, "do_sample": True}, False),
+        ({"temperature": 0.7, "do_sample": False}, False),
+        ({"temperature": 0.7}, True),
+        ({"do_sample": True}, True),
+    ],
+)
+def test_when_it_samples(
+    build: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    samples: bool,
+) -> None:
+    model = build(",variant=none")
+    generate, seen = model.model.generate, {}
+
+    def spy(**given: Any) -> Any:
+        seen.update(given)
+        return generate(**given)
+
+    monkeypatch.setattr(model.model, "generate", spy)
+    item = items_from_demo(1)[0]
+    asked = {**options, "max_new_tokens": 2}
+    model.generate_until([request(model, item.text, asked, [item.load()])])
+    assert seen["do_sample"] is samples
+    assert seen.get("temperature") == (options.get("temperature") if samples else None)
+
+
+def test_conversation_of_llava(build: Callable[..., Any]) -> None:
+    image = items_from_demo(1)[0].load()
+    plain, llava = build(), build(",conv_template=vicuna_v1")
+    for context, images in [("red?", [image]), ("<image> or <image>?", [image] * 2), ("red?", [])]:
+        prompt = llava._prompt(context, images)
+        assert prompt.startswith("A chat between a curious user and an artificial intelligence as")
+        assert prompt.endswith(f"user's questions. {plain._prompt(context, images)}")
+
+
+@pytest.mark.parametrize("size", [(101, 60), (60, 101), (77, 77)])
+def test_padding_is_that_of_llava(build: Callable[..., Any], size: tuple[int, int]) -> None:
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+    model = build(",image_aspect_ratio=pad")
+    picture = items_from_demo(1)[0].load().resize(size)
+    images = model._images(lambda doc: doc, *request(model, "", {}, [picture]).args[3:])
+    given = model._inputs([model._prompt("red?", images)], [images])["pixel_values"]
+    expected = LlavaImageProcessorPil.from_pretrained(MODEL_DIR, do_pad=True)(
+        picture, return_tensors="pt"
+    )["pixel_values"]
+    torch.testing.assert_close(given, expected)
+    cropped = build()._inputs([model._prompt("red?", images)], [[picture]])["pixel_values"]
+    assert torch.equal(given, cropped) == (size[0] == size[1])
+
+
+def test_four_bits(build: Callable[..., Any]) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra: int4)")
+    model = build(",load_in_4bit=True,variant=prumerge+")
+    assert model.model.is_loaded_in_4bit
+    items = items_from_demo(4)
+    options = {"max_new_tokens": 4}
+    asked = [request(model, item.text, options, [item.load()]) for item in items]
+    assert model.generate_until(asked) == [item.expected for item in items]
+
+
+def test_benchmarks_of_the_document_exist() -> None:
+    document = (Path(__file__).parents[1] / "docs" / "lmms-eval.md").read_text()
+    (command,) = re.findall(r"--tasks ([\w,]+)", document)
+    named = {*command.split(","), *re.findall(r"`(\w+_test)`", document)}
+    assert len(named) >= 7
+    assert named <= set(TaskManager().all_tasks)
+
+
+@pytest.mark.parametrize(
     ("arguments", "error", "says"),
     [
-        (",variant=best", ValueError, "variant: expected 'prumerge' or 'prumerge\\+', got 'best'"),
-        (",keep=1000", InputError, "--keep: expected at most N = 196"),
+        (
+            ",variant=best",
+            ValueError,
+            "^variant: expected 'prumerge' or 'prumerge\\+' or 'none', got",
+        ),
+        (",keep=1000", InputError, "^keep: expected at most N = 196"),
+        (",pretrained=/nowhere", InputError, "^pretrained: expected a folder or a hub name"),
+        (",device=tpu", InputError, "^device: expected auto, cpu, cuda or cuda:INDEX, got 'tpu'"),
+        (",conv_template=v0", ValueError, "^conv_template: expected 'vicuna_v1', got 'v0'"),
+        (",image_aspect_ratio=anyres", ValueError, "^image_aspect_ratio: expected 'pad', got"),
         (",variant=none,keep=8", ValueError, "keep: expected none beside variant=none, got 8"),
-        (",dtype=int8", ValueError, "dtype: expected one of auto, float32"),
+        (",dtype=int8", ValueError, "^dtype: expected 'auto' or 'float32'"),
         (",load_in_4bit=maybe", TypeError, "load_in_4bit: expected True or False, got 'maybe'"),
         (",batch_size=auto", ValueError, "batch_size: expected a whole number >= 1, got auto"),
         (",colour=red", TypeError, "unexpected keyword argument 'colour'"),

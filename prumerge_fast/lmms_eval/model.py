@@ -1,4 +1,4 @@
-"""`llava_prumerge`: any LLaVA that `patch` takes, with or without PruMerge, under lmms-eval.
+"""`llava_prumerge`: a LLaVA of transformers, with or without PruMerge, under lmms-eval.
 
 Batches are padded and answered at once; an error ends the run and leaves no empty answer behind.
 """
@@ -6,7 +6,7 @@ Batches are padded and answered at once; an error ends the run and leaves no emp
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from accelerate import Accelerator
@@ -17,15 +17,25 @@ from loguru import logger
 from PIL import Image
 from tqdm import tqdm
 
-from prumerge_fast.cli.inputs import IMAGE_TOKEN
+from prumerge_fast.cli.inputs import IMAGE_TOKEN, InputError
 from prumerge_fast.cli.models import chat_prompt, check_keep, load, model_inputs
-from prumerge_fast.config import PruMergeConfig
+from prumerge_fast.config import PruMergeConfig, Variant
 from prumerge_fast.patching import patch
 
 UNPRUNED = "none"
 _SAMPLING = ("temperature", "top_p", "num_beams", "do_sample", "max_new_tokens")
-_WITHOUT_EFFECT = ("image_aspect_ratio",)  # the image processor's matter; tasks set it for others
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_WITHOUT_EFFECT = ("image_aspect_ratio",)  # tasks set it for other models; ours is an argument
+_CHOICES = {
+    "variant": (*get_args(Variant), UNPRUNED),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "conv_template": (None, "vicuna_v1"),
+    "image_aspect_ratio": (None, "pad"),
+}
+# What LLaVA-1.5's conversation `vicuna_v1` puts in front; chat templates on the hub leave it out.
+_VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
 
 
 class LlavaPruMerge(lmms):
@@ -38,6 +48,10 @@ class LlavaPruMerge(lmms):
             image decide.
         dtype: "auto" (float32 on a CPU, else float16), "float32", "bfloat16" or "float16".
         load_in_4bit: Language model in NF4 (bitsandbytes).
+        conv_template: `None`: the processor's chat template, as `prumerge-fast compare`;
+            "vicuna_v1": LLaVA-1.5's own conversation, which begins with a system message.
+        image_aspect_ratio: `None`: as the image processor does, which crops for the checkpoints on
+            the hub; "pad": made square with the processor's mean colour before, as in LLaVA-1.5.
         batch_size: Questions answered at once.
         device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:INDEX"; under
             `accelerate launch`, each process takes its own GPU.
@@ -59,6 +73,8 @@ class LlavaPruMerge(lmms):
         keep: int | float | None = None,
         dtype: str = "auto",
         load_in_4bit: bool = False,
+        conv_template: str | None = None,
+        image_aspect_ratio: str | None = None,
         batch_size: int | str = 1,
         device: str = "auto",
         max_batch_size: int | None = None,
@@ -67,8 +83,12 @@ class LlavaPruMerge(lmms):
         self.batch_size = _checked_batch_size(batch_size)
         if max_batch_size is not None:
             raise ValueError(f"max_batch_size: expected none, got {max_batch_size}")
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
+        _check_choices(
+            variant=variant,
+            dtype=dtype,
+            conv_template=conv_template,
+            image_aspect_ratio=image_aspect_ratio,
+        )
         if not isinstance(load_in_4bit, bool):
             raise TypeError(f"load_in_4bit: expected True or False, got {load_in_4bit!r}")
         if variant == UNPRUNED:
@@ -82,11 +102,17 @@ class LlavaPruMerge(lmms):
             self._rank = self.accelerator.process_index
             self._world_size = self.accelerator.num_processes
             device = str(self.accelerator.device)
-        self._loaded = load(
-            pretrained, dtype=dtype, device=device, bits=4 if load_in_4bit else None
-        )
+        self._conv_template = conv_template
+        self._pads = image_aspect_ratio == "pad"
+        try:
+            self._loaded = load(
+                pretrained, dtype=dtype, device=device, bits=4 if load_in_4bit else None
+            )
+            if config is not None:
+                check_keep(config, self._loaded.patches)
+        except InputError as error:
+            raise _of_argument(error) from None
         if config is not None:
-            check_keep(config, self._loaded.patches)
             patch(self._loaded.model, config)
 
     @property
@@ -145,13 +171,22 @@ class LlavaPruMerge(lmms):
                 raise TypeError(
                     f"{task}: expected images for llava_prumerge, got {type(one).__name__}"
                 )
-        return [image.convert("RGB") for image in found]
+        pictures = [image.convert("RGB") for image in found]
+        if not self._pads:
+            return pictures
+        mean = self._loaded.processor.image_processor.image_mean
+        colour = tuple(int(255 * channel) for channel in mean)
+        return [_padded(picture, colour) for picture in pictures]
 
     def _prompt(self, context: str, images: Sequence[Image.Image]) -> str:
         # Contexts of some tasks say where their images are.
         missing = 0 if IMAGE_TOKEN in context else len(images)
         processor = self._loaded.processor
-        return chat_prompt(processor, context.replace(IMAGE_TOKEN, processor.image_token), missing)
+        text = context.replace(IMAGE_TOKEN, processor.image_token)
+        if self._conv_template is None:
+            return chat_prompt(processor, text, missing)
+        placeholders = f"{processor.image_token}\n" * missing
+        return f"{_VICUNA_SYSTEM} USER: {placeholders}{text} ASSISTANT:"
 
     def _inputs(self, prompts: list[str], images: list[list[Image.Image]]) -> Any:
         return model_inputs(self._loaded, prompts, [image for some in images for image in some])
@@ -161,14 +196,16 @@ class LlavaPruMerge(lmms):
         self, contexts: list[str], images: list[list[Image.Image]], options: dict[str, Any]
     ) -> list[str]:
         given = dict(options)
-        until = given.pop("until", [])
+        until = given.pop("until", None) or []
         ends = [until] if isinstance(until, str) else until
         sampling = {name: given.pop(name) for name in _SAMPLING if name in given}
         unknown = [name for name in given if name not in _WITHOUT_EFFECT]
         if unknown:
             logger.warning(f"generation_kwargs without effect on llava_prumerge: {unknown}")
         sampling.setdefault("max_new_tokens", 1024)
-        sampling["do_sample"] = bool(sampling.get("temperature"))
+        # Tasks give either, or both; a temperature of 0 is greedy whatever else they say.
+        temperature = sampling.get("temperature")
+        sampling["do_sample"] = temperature != 0 and sampling.get("do_sample", bool(temperature))
         if not sampling["do_sample"]:  # transformers warns of what sampling alone reads
             sampling.update(temperature=None, top_p=None, top_k=None)
         prompts = [self._prompt(*each) for each in zip(contexts, images, strict=True)]
@@ -210,6 +247,28 @@ def _before(text: str, ends: Sequence[str]) -> str:
     for end in ends:
         text = text.split(end)[0] if end else text
     return text
+
+
+def _padded(picture: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    """The picture in the middle of a square of its longer side."""
+    side = max(picture.size)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return square
+
+
+def _of_argument(error: InputError) -> InputError:
+    """The same error with the argument's name in place of the command line's option."""
+    option, _, says = str(error).partition(": ")
+    name = option.removeprefix("--").replace("-", "_")
+    return InputError(f"{'pretrained' if name == 'model' else name}: {says}")
+
+
+def _check_choices(**given: Any) -> None:
+    for name, value in given.items():
+        if value not in _CHOICES[name]:
+            expected = " or ".join(repr(choice) for choice in _CHOICES[name] if choice is not None)
+            raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
 def _checked_batch_size(value: int | str) -> int:
