@@ -12,6 +12,7 @@ The same command again goes on from what its output file holds.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import json
 import statistics
@@ -27,7 +28,7 @@ import torch
 from end_to_end_tables import summary
 from gpu import seconds_of
 from rich.progress import Progress
-from subjects import DTYPES, Subject, demo, layers_that_fit, real_shape
+from subjects import DECODER_LAYERS, DTYPES, Subject, demo, layers_that_fit, real_shape
 
 from prumerge_fast.cli import report
 from prumerge_fast.cli.inputs import InputError
@@ -235,11 +236,18 @@ def main(arguments: list[str]) -> dict[str, Any]:
     settings["attention"] = "sdpa"
     result = _resumed(options.output, settings, report.provenance([], device))
     command = ["python", "bench/end_to_end.py", *arguments]
-    done = {(row["model"], row["precision"], row["batch_size"]) for row in result["rows"]}
+    done = {
+        (row["model"], row["precision"], row["batch_size"])
+        for row in result["rows"]
+        # Other numbers of layers are other rows.
+        if row["model"] == "demo" or options.layers in (None, row["decoder_layers"])
+    }
     calls = (1 + options.rounds) * (3 + len(KEEPS))
     with Progress(console=report.messages()) as progress:
         for model, precision in dict.fromkeys(cell[:2] for cell in cells):
-            batches = [b for b in options.batch_size if (model, precision, b) not in done]
+            batches = [
+                b for b in dict.fromkeys(options.batch_size) if (model, precision, b) not in done
+            ]
             if not batches:
                 continue
             name = f"{model}, {precision}"
@@ -288,6 +296,10 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     for name in ("rounds", "new_tokens"):
         if getattr(options, name) < 2:
             parser.error(f"--{name.replace('_', '-')}: expected at least 2, got 1")
+    if options.layers is not None and options.layers > DECODER_LAYERS:
+        parser.error(f"--layers: expected at most {DECODER_LAYERS}, got {options.layers}")
+    if "nf4" in options.precision and importlib.util.find_spec("bitsandbytes") is None:
+        parser.error("--precision: expected bitsandbytes to be installed for nf4, got none")
     return options
 
 
@@ -304,12 +316,21 @@ def _subject(model: str, precision: str, device: torch.device, layers: int | Non
 
 
 def _resumed(path: Path, settings: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
-    """What the file holds, or an empty result."""
+    """What the file holds, or an empty result, which is written."""
     del run["command"]  # each row has its own
     run["settings"] = settings
-    if not path.exists():
-        return {**run, "rows": []}
-    found = json.loads(path.read_text())
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write(path, {**run, "rows": []})
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--output: expected a writable file with results of an earlier run or none, got {path}"
+            f" ({error})"
+        ) from None
+    if not isinstance(found, dict) or "rows" not in found:
+        raise InputError(f"--output: expected a file of this command, got {path}")
     for key in ("settings", "versions", "machine"):
         if found.get(key) != run[key]:
             raise InputError(
@@ -329,4 +350,7 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except InputError as error:
-        sys.exit(f"end_to_end.py: {error}")
+        print(f"end_to_end.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

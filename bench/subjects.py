@@ -28,6 +28,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 TEXT_TOKENS = 40  # beside the image's 576, as in the paper's efficiency table (section 4.3)
 SHARE_OF_MEMORY = 0.7  # of what is free, for weights; the rest is for activations
 IMAGE_TOKEN_ID = 31999
+DECODER_LAYERS = LLAVA_1_5_7B.decoder.layers
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,7 @@ def demo(precision: str, device: torch.device) -> Subject:
 def real_shape(precision: str, device: torch.device, layers: int) -> Subject:
     """LLaVA-1.5-7B's shape with random weights and `layers` of its 32 decoder layers."""
     dtype = DTYPES[precision]
-    model = random_llava(layers, dtype)
-    if precision == "nf4":
-        model = _quantised(model, dtype, device)
+    model = _quantised(layers, dtype, device) if precision == "nf4" else random_llava(layers, dtype)
     demo_processor = load_demo()[1].image_processor
     side = LLAVA_1_5_7B.tower.image_size
     processor = type(demo_processor)(
@@ -90,7 +89,7 @@ def real_shape(precision: str, device: torch.device, layers: int) -> Subject:
             "pixel_values": pixels.to(device, dtype),
         }
 
-    return Subject(model.to(device), preprocess, layers, LLAVA_1_5_7B.decoder.layers)
+    return Subject(model.to(device), preprocess, layers, DECODER_LAYERS)
 
 
 def random_llava(layers: int, dtype: torch.dtype = torch.float32) -> LlavaForConditionalGeneration:
@@ -142,12 +141,15 @@ def layers_that_fit(precision: str, device: torch.device) -> int:
 
 
 def _quantised(
-    model: LlavaForConditionalGeneration, dtype: torch.dtype, device: torch.device
+    layers: int, dtype: torch.dtype, device: torch.device
 ) -> LlavaForConditionalGeneration:
-    """bitsandbytes quantises while a model is loaded, so it goes through a folder."""
+    """`random_llava`, its language model in NF4.
+
+    bitsandbytes quantises while a model is loaded, so it goes through a folder. No name holds the
+    16-bit model: its memory is free again before the other is loaded.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        del model
+        random_llava(layers, dtype).save_pretrained(folder)
         return LlavaForConditionalGeneration.from_pretrained(
             folder,
             dtype=dtype,

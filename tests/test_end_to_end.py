@@ -6,6 +6,7 @@ import importlib
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import ModuleType
 
@@ -80,9 +81,64 @@ def test_goes_on_from_its_file(end_to_end, tmp_path, monkeypatch):
         end_to_end.main([*SMALL, "--rounds", "3", *output])
 
 
+def test_other_numbers_of_layers_are_other_rows(end_to_end, tmp_path, monkeypatch):
+    """Asked for by number they are timed anew; what fits by itself is taken as it was."""
+    timed = []
+
+    def time_subject(subject, *, batch, **_):
+        timed.append((subject, batch))
+        return [{"decoder_layers": subject, "batch_size": batch}]
+
+    monkeypatch.setattr(end_to_end, "time_subject", time_subject)
+    monkeypatch.setattr(end_to_end, "_subject", lambda *arguments: arguments[-1] or 5)
+    monkeypatch.setattr(end_to_end, "summary", lambda _: "")
+    arguments = ["--model", "llava-1.5-7b", "--precision", "float32", "--batch-size", "1", "1"]
+    arguments += ["--output", str(tmp_path / "new" / "result.json")]
+    for layers in (["--layers", "2"], ["--layers", "2"], ["--layers", "3"], []):
+        rows = end_to_end.main([*arguments, *layers])["rows"]
+    assert timed == [(2, 1), (3, 1)]
+    assert [row["decoder_layers"] for row in rows] == [2, 3]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", None])
+def test_output_that_is_no_result(end_to_end, tmp_path, monkeypatch, content):
+    path = tmp_path / "result.json"
+    path.mkdir() if content is None else path.write_text(content)
+    monkeypatch.setattr(end_to_end, "_subject", None)  # nothing is loaded
+    with pytest.raises(InputError, match=r"--output: expected a .*result\.json"):
+        end_to_end.main([*SMALL, "--output", str(path)])
+
+
+def test_weights_of_16_bits_are_gone_before_those_of_4_come(monkeypatch):
+    subjects = importlib.import_module("subjects")
+    alive = []
+
+    class Model:
+        def save_pretrained(self, folder):
+            alive.append(weakref.ref(self))
+
+        @classmethod
+        def from_pretrained(cls, *_, **__):
+            assert alive[0]() is None
+            raise InterruptedError
+
+    monkeypatch.setattr(subjects, "random_llava", lambda *_: Model())
+    monkeypatch.setattr(subjects, "LlavaForConditionalGeneration", Model)
+    with pytest.raises(InterruptedError):
+        subjects.real_shape("nf4", torch.device("cpu"), 1)
+
+
+def test_four_bits_without_bitsandbytes(end_to_end, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(end_to_end.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(SystemExit):
+        end_to_end.main(["--precision", "nf4", "--output", str(tmp_path / "x")])
+    assert "--precision: expected bitsandbytes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (["--layers", "33"], "--layers: expected at most 32, got 33"),
         (["--rounds", "1"], "--rounds: expected at least 2, got 1"),
         (["--batch-size", "0"], "expected a whole number >= 1, got 0"),
         (["--model", "gpt"], "invalid choice: 'gpt'"),
@@ -92,7 +148,7 @@ def test_goes_on_from_its_file(end_to_end, tmp_path, monkeypatch):
 def test_bad_options(tmp_path, arguments, says):
     command = [sys.executable, BENCH / "end_to_end.py", "--output", tmp_path / "x", *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode != 0
+    assert done.returncode == 2
     assert says in done.stderr
     assert "Traceback" not in done.stderr
 
