@@ -158,9 +158,10 @@ def is_patched(model: object) -> bool:
 
 def without_peft(model: Any) -> Any:
     """The model that PEFT wraps (`PeftModel`, `PeftMixedModel`); any other as it is."""
-    if any(cls.__name__ in ("PeftModel", "PeftMixedModel") for cls in type(model).__mro__):
-        return model.get_base_model()
-    return model
+    names = {cls.__name__ for cls in type(model).__mro__}
+    if "PeftMixedModel" in names:  # which has no `get_base_model`
+        return model.base_model.model
+    return model.get_base_model() if "PeftModel" in names else model
 
 
 @functools.cache

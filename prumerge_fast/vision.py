@@ -19,8 +19,11 @@ from prumerge_fast.versions import clip_transformer, run_encoder_layer
 
 
 def check_tower(tower: Any) -> None:
-    """Raise `UnsupportedModelError` unless `tower` is a CLIP vision tower of transformers."""
-    check_class(tower, "CLIPVisionModel")
+    """Raise `UnsupportedModelError` unless `tower` is a CLIP vision tower of transformers.
+
+    It may be one of PEFT's `modules_to_save`, whose wrapper hands on the attributes of its copy.
+    """
+    check_class(getattr(tower, "original_module", tower), "CLIPVisionModel")
 
 
 def check_class(tower: Any, expected: str) -> None:
