@@ -11,6 +11,7 @@ from torch import Tensor
 
 from prumerge_fast.adapters.base import PLACEHOLDERS_ATTRIBUTE, Adapter, ImageTokens
 from prumerge_fast.prompt import (
+    IGNORED_LABEL,
     Placeholders,
     PromptLayout,
     padding_of,
@@ -205,8 +206,22 @@ def shrink_per_token(arguments: dict[str, Any], layout: PromptLayout, input_ids:
             arguments[name] = layout.positions(value)
         elif name == "labels":
             arguments[name] = layout.labels(value)
+            _shrink_count(arguments, value, arguments[name])
         else:
             arguments[name] = layout.gather(value, 0)
+
+
+def _shrink_count(arguments: dict[str, Any], labels: Tensor, shrunk: Tensor) -> None:
+    """Count in `num_items_in_batch`, which the loss is divided by, the labels that are left.
+
+    `Trainer` counts those of the prompts as passed, of a whole step; of its other batches as large
+    a share is taken to be left as of this one.
+    """
+    if arguments.get("num_items_in_batch") is None:
+        return
+    before, after = (int((each[:, 1:] != IGNORED_LABEL).sum()) for each in (labels, shrunk))
+    if after < before:
+        arguments["num_items_in_batch"] = arguments["num_items_in_batch"] * after / before
 
 
 def _check_shape(name: str, value: Any, input_ids: Tensor) -> None:

@@ -10,6 +10,7 @@ A model that PEFT wraps is patched inside its wrapper, which passes everything o
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -158,9 +159,10 @@ def is_patched(model: object) -> bool:
 
 def without_peft(model: Any) -> Any:
     """The model that PEFT wraps (`PeftModel`, `PeftMixedModel`); any other as it is."""
-    if any(cls.__name__ in ("PeftModel", "PeftMixedModel") for cls in type(model).__mro__):
-        return model.get_base_model()
-    return model
+    names = {cls.__name__ for cls in type(model).__mro__}
+    if "PeftMixedModel" in names:  # which has no `get_base_model`
+        return model.base_model.model
+    return model.get_base_model() if "PeftModel" in names else model
 
 
 @functools.cache
@@ -173,6 +175,9 @@ def _patched_class(base: Any) -> Any:
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
             return override(self, adapter, getattr(super(subclass, self), name), args, kwargs)
 
+        # `unwrap_model` of accelerate would follow `__wrapped__` to the plain method.
+        method.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]
+        del method.__wrapped__
         return method
 
     @functools.wraps(base.__init__)

@@ -26,10 +26,13 @@ def quantisation_config(bits: int = 4, dtype: torch.dtype = torch.float16) -> Bi
 
     Raises:
         ValueError: `bits` is neither 4 nor 8.
+        TypeError: `dtype` is no `torch.dtype`.
         ImportError: bitsandbytes is not installed (extra: int4).
     """
     if bits not in (4, 8):
         raise ValueError(f"bits: expected 4 or 8, got {bits!r}")
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype: expected a torch.dtype, got {dtype!r}")
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(

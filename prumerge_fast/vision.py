@@ -19,8 +19,11 @@ from prumerge_fast.versions import clip_transformer, run_encoder_layer
 
 
 def check_tower(tower: Any) -> None:
-    """Raise `UnsupportedModelError` unless `tower` is a CLIP vision tower of transformers."""
-    check_class(tower, "CLIPVisionModel")
+    """Raise `UnsupportedModelError` unless `tower` is a CLIP vision tower of transformers.
+
+    It may be one of PEFT's `modules_to_save`, whose wrapper hands on the attributes of its copy.
+    """
+    check_class(getattr(tower, "original_module", tower), "CLIPVisionModel")
 
 
 def check_class(tower: Any, expected: str) -> None:
@@ -148,7 +151,10 @@ def _weights(tower: Any, index: int) -> ExitStack:
             module._hf_hook.pre_forward(module)
             stack.callback(module._hf_hook.post_forward, module, None)
     projection = reader.self_attn.k_proj
-    if _is_away(projection) and not hasattr(projection, "_hf_hook"):
+    if not hasattr(projection, "_hf_hook") and any(  # several modules under LoRA
+        _is_away(module, recurse=False) and not hasattr(module, "_hf_hook")
+        for module in projection.modules()
+    ):
         stack.close()
         raise UnsupportedModelError(
             "vision tower: expected weights that are there, or that accelerate brings to the tower "
@@ -157,8 +163,8 @@ def _weights(tower: Any, index: int) -> ExitStack:
     return stack
 
 
-def _is_away(module: Any) -> bool:
-    return any(parameter.is_meta for parameter in module.parameters())
+def _is_away(module: Any, recurse: bool = True) -> bool:
+    return any(parameter.is_meta for parameter in module.parameters(recurse))
 
 
 def encode(model: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:

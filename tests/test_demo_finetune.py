@@ -56,6 +56,7 @@ def test_interrupted_run_goes_on_where_it_was(whole, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         finetune.run(tmp_path, SHORT, 4)
     monkeypatch.undo()
+    (tmp_path / "llava" / "checkpoint-3").mkdir()  # whose writing was interrupted
     take, taken = Trainer.training_step, []
     monkeypatch.setattr(
         Trainer, "training_step", lambda *given, **named: taken.append(1) or take(*given, **named)
@@ -120,7 +121,7 @@ def test_only_answers_are_learnt():
         assert labels[mask.bool()][-1] == tokenizer.eos_token_id
 
 
-def test_command(tmp_path, monkeypatch, capsys):
+def test_command(tmp_path, monkeypatch):
     rows = {"LLaVA": {"accuracy": 1.0}}
     asked = []
     monkeypatch.setattr(finetune, "run", lambda *given: asked.append(given) or rows)
@@ -131,11 +132,36 @@ def test_command(tmp_path, monkeypatch, capsys):
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["command"][2:] == ["prumerge_fast.demo.finetune", *command[1:]]
     assert result.keys() == json.loads(RESULT.read_text()).keys()
-    monkeypatch.setattr(sys, "argv", [*command[:-1], "0"])
+
+
+BAD = {
+    "--count: expected a whole number >= 1, got 0": ["--count", "0"],
+    "--seed: expected a whole number from 0 to 2**32 - 1, got -1": ["--seed", "-1"],
+    "output: expected a folder to write to, got": ["--output", str(RESULT / "runs")],
+    "output: expected a new folder or a run with the settings": ["--seed", "1"],
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input(message, tmp_path, monkeypatch, capsys):
+    (tmp_path / "settings.json").write_text(json.dumps(asdict(FinetuneConfig())))
+    command = ["finetune", "--output", str(tmp_path), *BAD[message]]
+    monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as stopped:
         finetune.main()
     assert stopped.value.code == 2
-    assert "--count: expected a whole number >= 1, got 0" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+
+
+def test_interrupted_command(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune, "evaluate", interrupted)
+    monkeypatch.setattr(sys, "argv", ["finetune", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        finetune.main()
+    assert stopped.value.code == 130
 
 
 def test_committed_result_is_of_the_defaults():

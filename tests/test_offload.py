@@ -1,4 +1,4 @@
-"""Accelerate's hooks: models spread over devices, with weights on the CPU or the disk."""
+"""Accelerate: models spread over devices, with weights on the CPU or the disk; mixed precision."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
+import peft
 import pytest
 import torch
 from tiny_models import EVERYTHING, PIXELS, PROMPTS, batch, tiny_llava
@@ -108,6 +109,15 @@ def test_layers_offloaded_as_a_whole(whole: str, pruned: Any) -> None:
     assert away(model) == gone
 
 
+@pytest.mark.parametrize("offload", [on_the_cpu, on_the_disk])
+def test_adapters_of_the_tower_are_offloaded(offload: Callable[..., Any], tmp_path: Path) -> None:
+    """The layers that LoRA wraps have hooks inside of them."""
+    targets = r".*vision_tower.*\.[qkv]_proj"
+    wrapped = peft.get_peft_model(tiny_llava(), peft.LoraConfig(r=2, target_modules=targets))
+    expected = outputs(patch(wrapped, keep=5))
+    torch.testing.assert_close(outputs(offload(wrapped, tmp_path)), expected)
+
+
 def test_weights_are_put_away_after_an_error() -> None:
     model = accelerate.cpu_offload(tiny_llava(), CPU, preload_module_classes=["CLIPEncoderLayer"])
     gone = away(patch(model))
@@ -135,3 +145,18 @@ def test_everything_kept_equals_the_offloaded_model(tmp_path: Path) -> None:
     expected = model(**INPUTS).logits
     kept = INPUTS["attention_mask"].bool()
     torch.testing.assert_close(patch(model, **EVERYTHING)(**INPUTS).logits[kept], expected[kept])
+
+
+@torch.no_grad()
+def test_mixed_precision_and_back(plain: Any, pruned: Any) -> None:
+    model = patch(tiny_llava(), keep=5)
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    try:
+        prepared = accelerator.prepare(model)
+        assert prepared(**INPUTS).logits.shape == pruned[0].shape
+        unwrapped = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    finally:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    assert unwrapped is model
+    torch.testing.assert_close(outputs(model), pruned)
+    torch.testing.assert_close(outputs(unpatch(model)), plain)

@@ -462,6 +462,7 @@ def test_tower(tower_path: str) -> None:
         close(listed, tokens[None])
         close(tower(image[None]), tokens[None])
     assert tower.prumerge.last_lengths == (len(expected[-1]),)
+    assert tower([]) == []
     with pytest.raises(ValueError, match="images: expected a list, one image, or keep=n"):
         tower(pixels)
     prumerge_fast.patch(tower, keep=4)

@@ -27,9 +27,11 @@ def recipe() -> Any:
     return names["load_authors_lora"]
 
 
-@pytest.mark.parametrize("safetensors", [True, False])
+@pytest.mark.parametrize(
+    ("safetensors", "prefix"), [(True, "base_model.model."), (False, "")], ids=["new", "old"]
+)
 @torch.no_grad()
-def test_recipe(recipe: Any, tmp_path: Path, safetensors: bool) -> None:
+def test_recipe(recipe: Any, tmp_path: Path, safetensors: bool, prefix: str) -> None:
     llava = tiny_llava()
     text = {**llava.config.text_config.to_dict(), "vocab_size": VOCAB, "pad_token_id": None}
     base = LlamaForCausalLM(LlamaConfig(**text))
@@ -56,7 +58,7 @@ def test_recipe(recipe: Any, tmp_path: Path, safetensors: bool) -> None:
     wrapped.save_pretrained(tmp_path, safe_serialization=safetensors)
     projector = original.model.multi_modal_projector
     trained = {
-        f"base_model.model.model.mm_projector.{layer}.{kind}": getattr(linear, kind).clone()
+        f"{prefix}model.mm_projector.{layer}.{kind}": getattr(linear, kind).clone()
         for layer, linear in [("0", projector.linear_1), ("2", projector.linear_2)]
         for kind in ("weight", "bias")
     }
@@ -83,3 +85,9 @@ def test_recipe(recipe: Any, tmp_path: Path, safetensors: bool) -> None:
     prumerge_fast.patch(original)
     call = {"input_ids": torch.tensor([prompt([5], "image", [6])]), "pixel_values": images(1)}
     torch.testing.assert_close(model(**call).logits, original(**call).logits, rtol=1e-4, atol=1e-4)
+
+    more = {**trained, f"{prefix}lm_head.weight": head}
+    for weights, message in [(more, "Unexpected key.*lm_head"), ({}, "Missing key.*linear_1")]:
+        torch.save(weights, tmp_path / "non_lora_trainables.bin")
+        with pytest.raises(RuntimeError, match=f"(?s){message}"):
+            recipe(tiny_llava(), fresh, str(tmp_path))

@@ -139,6 +139,21 @@ def test_loss(
     assert float(loss) == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
+@pytest.mark.parametrize("labelled", ["words", "image tokens too"])
+@torch.no_grad()
+def test_loss_by_the_trainers_count(model: LlavaForConditionalGeneration, labelled: str) -> None:
+    """`Trainer` counts labels as passed, of all batches of a step; here of two that are alike."""
+    inputs = {**batch(PROMPTS), "pixel_values": PIXELS}
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    if labelled == "words":
+        labels[labels == IMAGE] = -100
+    loss = model(**inputs, labels=labels).loss
+    count = 2 * (labels[:, 1:] != -100).sum()
+    halved = model(**inputs, labels=labels, num_items_in_batch=count).loss
+    assert float(halved) == pytest.approx(float(loss) / 2, rel=1e-5)
+    assert float(model(**inputs, labels=labels.fill_(-100), num_items_in_batch=count).loss) == 0
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_loss_of_a_batch_is_that_of_its_prompts(

@@ -85,6 +85,29 @@ def test_through_the_wrapper(task: TaskType | None, first: str) -> None:
         unpatch(wrapped)
 
 
+def test_through_the_wrapper_of_several_kinds() -> None:
+    wrapped = get_peft_model(tiny_llava(), lora(), mixed=True)
+    assert patch(wrapped, keep=3) is wrapped
+    assert is_patched(wrapped)
+    torch.testing.assert_close(logits(wrapped), logits(patch(tiny_llava(), keep=3)))
+    assert wrapped.prumerge.last_lengths == (4,) * 4
+    assert not is_patched(unpatch(wrapped))
+
+
+def test_a_tower_that_is_trained_as_a_whole() -> None:
+    wrapped = get_peft_model(tiny_llava(), lora(modules_to_save=["vision_tower"]))
+    with torch.no_grad():
+        for parameter in wrapped.get_base_model().model.vision_tower.parameters():
+            parameter += 0.1 * parameter.requires_grad  # its copy, without the original
+    plain = logits(wrapped.eval())
+    kept = INPUTS["attention_mask"].bool()
+    torch.testing.assert_close(logits(patch(wrapped, **EVERYTHING))[kept], plain[kept])
+    with wrapped.disable_adapter():
+        original = logits(patch(tiny_llava(), **EVERYTHING))
+        torch.testing.assert_close(logits(wrapped), original)
+    assert not torch.allclose(original[kept], plain[kept])
+
+
 def test_patched_through_the_wrapper() -> None:
     wrapped = filled(get_peft_model(tiny_llava(), lora()))
     plain = logits(wrapped)

@@ -86,6 +86,12 @@ def test_other_numbers_of_bits(bits: Any) -> None:
         quantisation_config(bits)
 
 
+@pytest.mark.parametrize("dtype", ["auto", None])
+def test_other_dtypes(dtype: Any) -> None:
+    with pytest.raises(TypeError, match=rf"dtype: expected a torch\.dtype, got {dtype!r}"):
+        quantisation_config(4, dtype)
+
+
 def test_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCH)
     main = importlib.import_module("quantisation").main

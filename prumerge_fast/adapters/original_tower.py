@@ -74,6 +74,8 @@ def _forward(
 ) -> Tensor | list[Tensor]:
     images = named_arguments(original, *args, **kwargs)["images"]
     listed = isinstance(images, list)
+    if listed and not images:
+        return []
     pixels = torch.stack(images) if listed else images  # [B, 3, S, S]
     inputs = adapter.query_keys_hidden(tower, {"pixel_values": pixels})
     state = tower.prumerge

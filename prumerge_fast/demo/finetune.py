@@ -24,11 +24,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from prumerge_fast.cli import report
 from prumerge_fast.cli.compare import accuracy
-from prumerge_fast.cli.inputs import items_from_demo
+from prumerge_fast.cli.inputs import InputError, items_from_demo
 from prumerge_fast.cli.models import Loaded, load, resolve_device
 from prumerge_fast.config import PruMergeConfig
 from prumerge_fast.demo import IMAGE_TOKEN, recipe
@@ -134,11 +133,17 @@ def finetune(
         use_cpu=not torch.cuda.is_available(),
     )
     trainer = Trainer(model, arguments, data_collator=data.collate, train_dataset=data)
-    checkpoint = get_last_checkpoint(str(output))
-    before = 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])
+    before = _last_step(output)
+    checkpoint = str(output / f"checkpoint-{before}") if before else None
     done = trainer.train(resume_from_checkpoint=checkpoint)
     model.save_pretrained(str(output / "adapter"))
     return {"steps": done.global_step - before, "seconds": done.metrics["train_runtime"]}
+
+
+def _last_step(output: Path) -> int:
+    """The step of the last whole checkpoint, 0 for none. `Trainer` writes its state last."""
+    states = output.glob("checkpoint-*/trainer_state.json")
+    return max((int(state.parent.name.rpartition("-")[2]) for state in states), default=0)
 
 
 def evaluate(loaded: Loaded, config: PruMergeConfig | None, count: int) -> dict[str, Any]:
@@ -151,16 +156,9 @@ def run(output: Path, config: FinetuneConfig, count: int) -> dict[str, dict[str,
     """The four rows; a run that was interrupted goes on where it stopped.
 
     Raises:
-        ValueError: `output` holds a run with other settings.
+        InputError: `output` holds a run with other settings, or cannot be written.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    settings = output / "settings.json"
-    if settings.exists() and json.loads(settings.read_text()) != asdict(config):
-        raise ValueError(
-            f"output: expected a new folder or a run with the settings {asdict(config)}, "
-            f"got {output}, a run with {settings.read_text().strip()}"
-        )
-    settings.write_text(json.dumps(asdict(config)) + "\n")
+    _open(output, json.dumps(asdict(config)))
     pruned = PruMergeConfig(variant=config.variant)
     names = {"LLaVA": None, f"LLaVA-{'PruMerge' + config.variant.removeprefix('prumerge')}": pruned}
     rows: dict[str, dict[str, Any]] = {}
@@ -176,6 +174,23 @@ def run(output: Path, config: FinetuneConfig, count: int) -> dict[str, dict[str,
         model.eval()
         rows[f"{name} fine-tuned"] = {**evaluate(loaded, policy, count), "training": training}
     return rows
+
+
+def _open(output: Path, settings: str) -> None:
+    """Makes the folder of a run with these settings, or finds it as it was left."""
+    path = output / "settings.json"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            path.write_text(settings + "\n")
+        found = path.read_text().strip()
+    except OSError as error:
+        raise InputError(f"output: expected a folder to write to, got {output} ({error})") from None
+    if found != settings:
+        raise InputError(
+            f"output: expected a new folder or a run with the settings {settings}, got {output}, "
+            f"a run with {found}"
+        )
 
 
 def _demo() -> Loaded:
@@ -197,13 +212,20 @@ def main() -> None:
     for name in ("questions", "count"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name}: expected a whole number >= 1, got {getattr(arguments, name)}")
+    if not 0 <= arguments.seed < 2**32:
+        parser.error(f"--seed: expected a whole number from 0 to 2**32 - 1, got {arguments.seed}")
     config = FinetuneConfig(
         variant=arguments.variant,
         questions=arguments.questions,
         tower=arguments.tower,
         seed=arguments.seed,
     )
-    rows = run(arguments.output, config, arguments.count)
+    try:
+        rows = run(arguments.output, config, arguments.count)
+    except InputError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted; the same command goes on from the last checkpoint\n")
     result = {
         "settings": asdict(config),
         "questions": arguments.count,
