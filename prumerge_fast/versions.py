@@ -32,11 +32,17 @@ def configured_feature_layer(config: Any) -> Any:
     return getattr(config, name) if hasattr(config, name) else config.vision_feature_layer
 
 
+def ties_embeddings(config: Any) -> bool:
+    """Whether a LLaVA's output layer is its embedding table: 4.x asks the language model's
+    configuration alone, 5.x the whole one, which takes over what the language model's says."""
+    if _is_4():
+        config = config.text_config
+    return bool(config.tie_word_embeddings)
+
+
 def image_features_output(features: list[Tensor], return_dict: bool) -> Any:
     """What `get_image_features` returns: 4.x the list itself, 5.x an output that holds it."""
-    import transformers
-
-    if int(transformers.__version__.split(".")[0]) < 5:
+    if _is_4():
         return features
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -75,3 +81,9 @@ def set_length(arguments: dict[str, Any], name: str, limit: int) -> None:
     else:
         arguments["generation_config"] = copy.deepcopy(config)
         setattr(arguments["generation_config"], name, limit)
+
+
+def _is_4() -> bool:
+    import transformers
+
+    return int(transformers.__version__.split(".")[0]) < 5

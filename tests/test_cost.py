@@ -132,6 +132,20 @@ def test_parameters_are_those_of_the_model(text, tied):
     assert cost.shape_of(config).parameters == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("text", [False, True])
+def test_embeddings_are_tied_as_transformers_ties_them(whole, text):
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(hidden_size=96, num_attention_heads=4, image_size=56),
+        text_config=LlamaConfig(hidden_size=64, tie_word_embeddings=text),
+        tie_word_embeddings=whole,
+        architectures=["LlavaForConditionalGeneration"],
+    )
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    assert cost.shape_of(config).parameters == sum(p.numel() for p in model.parameters())
+
+
 def test_built_in_shapes_are_those_of_llava_1_5():
     config = LlavaConfig(architectures=["LlavaForConditionalGeneration"])  # transformers' default
     found = cost.shape_of(config, "llava-1.5-7b")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prumerge_fast.errors import UnsupportedModelError
+from prumerge_fast.versions import ties_embeddings
 
 _FAMILY = "LlavaForConditionalGeneration"
 # Decoders of pre-normalised layers with grouped attention and a gated MLP, and which of their
@@ -167,8 +168,7 @@ def shape_of(config: Any, name: str = "LLaVA") -> LlavaShape:
             text.num_key_value_heads or text.num_attention_heads,
             getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
             text.vocab_size,
-            # transformers 4.x ties by the second and leaves the first True where a file has none.
-            bool(config.tie_word_embeddings and text.tie_word_embeddings),
+            ties_embeddings(config),
             qkv_bias or attention_bias,
             output_bias or attention_bias,
             bool(getattr(text, "mlp_bias", False)),
