@@ -58,8 +58,8 @@ REASONS = {
         "held at once"
     ),
     "operations, INT4, slip": (
-        "no prompt length gives 0.28 here: a quarter of FP16's 0.91 is 0.23 (0.28 GB is the FP16 "
-        "row's last column)"
+        "no prompt length gives 0.28 here and 0.91 in the FP16 row, a quarter of which is 0.23 "
+        "(0.28 GB is that row's last column)"
     ),
 }
 _REASON_OF_INT4 = {"activations": "activations"}
