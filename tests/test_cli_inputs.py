@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -68,7 +69,12 @@ GOOD = {"question_id": 1, "image": "picture.png", "text": "What?"}
         ({**GOOD, "question_id": None}, "expected question_id to be int or str, got None"),
         ({**GOOD, "image": "gone.png"}, "expected an existing image, got "),
         ({**GOOD, "image": "x" * 300}, "expected an existing image, got "),
-        ({**GOOD, "text": "\ud800"}, "expected text in Unicode, got 'utf-8' codec can't encode"),
+        ({**GOOD, "text": "\ud800"}, "text: expected Unicode text, got '\\ud800' ("),
+        ({**GOOD, "question_id": "\ud800"}, "question_id: expected Unicode text, got "),
+        ({**GOOD, "category": "\ud800"}, "category: expected Unicode text, got "),
+        ({**GOOD, "label": "\ud800"}, "label: expected Unicode text, got "),
+        ('{"question_id": ' + "1" * 5000 + "}", "expected one JSON object a line, got Exceeds"),
+        ("[" * 100_000, "expected one JSON object a line, got maximum recursion depth"),
         (
             {**GOOD, "answer": ["a", "b"]},
             "expected answer or label to be a str or a number, got [",
@@ -81,6 +87,12 @@ def test_a_bad_line_is_named_by_its_number(tmp_path, picture, line, says):
     with pytest.raises(InputError) as caught:
         items_from_jsonl(path, tmp_path)
     assert f"q.jsonl:3: {says}" in str(caught.value)
+
+
+def test_question_file_with_a_byte_order_mark(tmp_path, picture):
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps(GOOD), encoding="utf-8-sig")
+    assert [item.text for item in items_from_jsonl(path, tmp_path)] == ["What?"]
 
 
 def test_line_ends_of_unicode_within_a_question(tmp_path, picture):
@@ -111,7 +123,26 @@ def test_unreadable_images(tmp_path, picture):
         read_image(picture)
 
 
+@pytest.mark.parametrize(
+    "pixels",
+    [np.full((8, 8), 30_000, np.uint16), np.full((8, 8), 0.5, np.float32)],
+    ids=["16 bits", "float"],
+)
+def test_images_that_pillow_would_cut_off(tmp_path, pixels):
+    path = tmp_path / "deep.tif"
+    Image.fromarray(pixels).save(path)
+    with pytest.raises(InputError, match=r"expected 8 bits a channel, got .*deep\.tif"):
+        read_image(path)
+
+
+def test_images_of_too_many_pixels(picture, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 31)
+    with pytest.raises(InputError, match=r"expected a readable image, got .*exceeds limit of 62"):
+        read_image(picture)
+
+
 def test_folders_give_their_images_by_name(tmp_path, picture):
+    (tmp_path / "folder.png").mkdir()
     for name in ("b.JPG", "a.png", "notes.txt"):
         (tmp_path / name).write_bytes(picture.read_bytes())
     found = find_images([tmp_path, picture])
@@ -135,6 +166,8 @@ def test_every_prompt_about_every_image(picture):
     ]
     with pytest.raises(InputError, match="--prompt: expected at most one <image>, got 2"):
         items_from_images([picture], ["<image><image>"])
+    with pytest.raises(InputError, match="--prompt: expected Unicode text, got "):
+        items_from_images([picture], ["what is \udcff?"])
 
 
 def test_demo_questions_and_scenes():
@@ -144,8 +177,9 @@ def test_demo_questions_and_scenes():
     }  # fmt: skip
     assert all(item.expected for item in items)
     assert image_by_name(items[3].image).tobytes() == items[3].load().tobytes()
-    with pytest.raises(InputError, match="IMAGE: expected demo:INDEX"):
-        image_by_name("demo:-1")
+    for name in ("demo:-1", "demo:one", "demo:" + "9" * 5000):
+        with pytest.raises(InputError, match="IMAGE: expected demo:INDEX"):
+            image_by_name(name)
 
 
 @pytest.mark.parametrize(

@@ -55,17 +55,22 @@ def read_image(path: Path) -> Image.Image:
     """The image in a file, as RGB.
 
     Raises:
-        InputError: There is no such file, or it is no image that can be decoded.
+        InputError: There is no such file, or it is no image that can be decoded, or one of 16 or 32
+            bits a channel.
     """
     try:
         with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):  # Pillow would cut values off, not scale them
+                raise InputError(
+                    f"image: expected 8 bits a channel, got {path} (Pillow's mode {image.mode})"
+                )
             return image.convert("RGB")
     except FileNotFoundError:
         raise InputError(f"image: expected an existing file, got {path}") from None
     except UnidentifiedImageError:
         raise InputError(f"image: expected an image file, got {path} (unknown format)") from None
-    # Pillow's decoders raise these two for data that ends early or is garbled.
-    except (OSError, SyntaxError) as error:
+    # Pillow's decoders raise the first two for data that ends early or is garbled.
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"image: expected a readable image, got {path} ({error})") from None
 
 
@@ -78,7 +83,9 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            inside = sorted(
+                p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()
+            )
             if not inside:
                 raise InputError(
                     f"--images: expected a folder with images ({', '.join(IMAGE_SUFFIXES)}), "
@@ -99,6 +106,7 @@ def items_from_images(paths: Iterable[Path], prompts: list[str]) -> list[Item]:
         InputError: A path or a prompt is unusable.
     """
     for prompt in prompts:
+        _check_unicode(prompt, "--prompt")
         if prompt.count(IMAGE_TOKEN) > 1:
             raise InputError(
                 f"--prompt: expected at most one {IMAGE_TOKEN}, got {prompt.count(IMAGE_TOKEN)} "
@@ -130,7 +138,7 @@ def items_from_jsonl(path: Path, folder: Path) -> list[Item]:
     """
     try:
         # Not splitlines: JSON strings may hold characters that it takes for line ends.
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"--questions: expected a readable text file, got {path} ({error})"
@@ -148,7 +156,8 @@ def items_from_jsonl(path: Path, folder: Path) -> list[Item]:
 def _item(line: str, where: str, folder: Path) -> Item:
     try:
         record: Any = json.loads(line)
-    except json.JSONDecodeError as error:
+    # Beside JSONDecodeError: ValueError for a number and RecursionError for nesting without end.
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: expected one JSON object a line, got {error}") from None
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected a JSON object, got {type(record).__name__}")
@@ -164,10 +173,8 @@ def _item(line: str, where: str, folder: Path) -> Item:
                 f"{where}: expected {name} to be {' or '.join(t.__name__ for t in types)}, "
                 f"got {record[name]!r}"
             )
-    try:
-        record["text"].encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{where}: expected text in Unicode, got {error}") from None
+    for name in ("question_id", "text", "answer", "label", "category"):
+        _check_unicode(str(record.get(name)), f"{where}: {name}")
     image = folder / record["image"]
     try:
         exists = image.is_file()
@@ -189,6 +196,14 @@ def _item(line: str, where: str, folder: Path) -> Item:
         expected=None if expected is None else str(expected),
         category=None if category is None else str(category),
     )
+
+
+def _check_unicode(text: str, name: str) -> None:
+    """Raises InputError for halves of surrogate pairs, which no tokenizer and no file takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name}: expected Unicode text, got {text!r} ({error})") from None
 
 
 def items_from_demo(count: int) -> list[Item]:
@@ -218,7 +233,9 @@ def image_by_name(name: str) -> Image.Image:
         return read_image(Path(name))
     from prumerge_fast.demo.scenes import make_scene
 
-    index = name.removeprefix(DEMO_PREFIX)
-    if not index.isdecimal():
-        raise InputError(f"IMAGE: expected {DEMO_PREFIX}INDEX with INDEX >= 0, got {name!r}")
-    return make_scene("test", int(index)).render()
+    try:
+        return make_scene("test", int(name.removeprefix(DEMO_PREFIX))).render()
+    except ValueError:
+        raise InputError(
+            f"IMAGE: expected {DEMO_PREFIX}INDEX with INDEX >= 0, got {name!r}"
+        ) from None
