@@ -1,6 +1,7 @@
 """The commands on a tiny random LLaVA and real photographs: results, bad input, interruption."""
 
 import importlib.util
+import io
 import json
 import re
 import shutil
@@ -301,6 +302,31 @@ def test_bad_options(command, capsys, monkeypatch, arguments, says):
     assert re.search(says, refusal(capsys, *command, *arguments))
 
 
+def test_names_that_no_file_can_have(command, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(compare, "load", None)
+    too_long = "x" * 300
+    for option in ("--answers", "--html"):
+        assert "too long" in refusal(capsys, *command, option, f"{too_long}.html")
+    assert "too long" in refusal(capsys, "show", "demo:0", "-o", f"{too_long}.png")
+    assert "too long" in refusal(capsys, "evaluate", "-o", f"{too_long}.json")
+    for folder in (tmp_path, "."):
+        message = refusal(capsys, *command, "--answers", folder)
+        assert "--answers: expected a file, got the folder" in message
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_json_of_what_standard_output_cannot_encode(
+    command, photos, tmp_path, monkeypatch, encoding
+):
+    name = "\udcff é.png"  # no Unicode, but a file may be called that
+    shutil.copy(photos / "astronaut.png", tmp_path / name)
+    arguments = [str(tmp_path) if argument == str(photos) else argument for argument in command]
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding, write_through=True))
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(written.getvalue().decode(encoding))["answers"][0]["image"].endswith(name)
+
+
 def test_prompts_and_images_need_each_other(photos, capsys):
     assert "--prompt: expected at least one" in refusal(capsys, "compare", "--images", photos)
     assert "--images: expected at least one" in refusal(capsys, "compare", "--prompt", "what?")
@@ -404,6 +430,11 @@ def test_show_refuses(folder, photos, tmp_path, capsys):
     assert "expected a writable file" in refusal(capsys, "show", photo, *model, "-o", nowhere)
     assert "expected demo:INDEX" in refusal(capsys, "show", "demo:x", *model)
     assert "at most N = 25" in refusal(capsys, "show", photo, *model, "--keep", 26)
+
+
+def test_show_takes_any_name_that_ends_in_png(folder, tmp_path, capsys):
+    assert main(["show", "demo:0", "--model", str(folder), "-o", str(tmp_path / "..png")]) == 0
+    assert (tmp_path / "..png").stat().st_size
 
 
 def test_show_a_demo_scene(folder, tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -365,7 +366,8 @@ def test_question_file(folder, photos, tmp_path, capsys):  # noqa: F811
     [
         (["--tokens", "197"], "--tokens: expected 2 to N = 196"),
         (["--tokens", "1"], "--tokens: expected 2 to N = 196"),
-        (["--tokens", "many"], "expected a whole number >= 1, got many"),
+        (["--tokens", "many"], "'--tokens': expected a whole number >= 1, got many"),
+        (["--tokens", "9" * 5000], "'--tokens': "),
         (["--count", "0"], "--count"),
         (["--image-folder", "x"], "--image-folder: expected --questions"),
         (["--questions", "gone.jsonl"], "--questions: expected a readable text file"),
@@ -376,6 +378,47 @@ def test_question_file(folder, photos, tmp_path, capsys):  # noqa: F811
 )
 def test_bad_options(command, capsys, extra, says):
     assert says in refusal(capsys, *command[0], *extra)
+
+
+def test_failure_to_write_leaves_answers_and_result(ask, question_file, capsys, monkeypatch):
+    question_file("what ?")
+    write_text = Path.write_text
+
+    def full(path, *rest, **options):
+        if path.name == "result.json":
+            raise OSError(28, "No space left on device")
+        return write_text(path, *rest, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert main([*map(str, ask), "--json"]) == 2
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["questions"] == {"overall": 1}
+    assert re.search(r"--output: .* No space .* stay in \S*result\.answers\.jsonl", captured.err)
+    assert captured.err.count("\n") == 1
+
+
+def test_more_answers_than_questions(ask, question_file, capsys, tmp_path):
+    question_file("what ?")
+    assert main([str(argument) for argument in ask]) == 0
+    capsys.readouterr()
+    path = tmp_path / "result.answers.jsonl"
+    path.write_text(path.read_text() + path.read_text().split("\n")[1] + "\n")
+    assert "--output: expected at most 1 batches of answers, got 2" in refusal(capsys, *ask)
+
+
+def test_category_of_all_questions(ask, question_file, capsys):
+    path = question_file("what ?")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "category": "overall"}))
+    assert "--questions: expected no category 'overall'" in refusal(capsys, *ask)
+
+
+def test_images_whose_names_are_no_unicode(ask, photos, tmp_path, capsys):  # noqa: F811
+    name = "\udcff.jpg"
+    shutil.copy(photos / "coffee.jpg", tmp_path / name)
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps({"question_id": 0, "image": name, "text": "what ?", "answer": "w"}))
+    given = [tmp_path if argument is photos else argument for argument in ask]
+    assert main([*map(str, given), "--json"]) == 0
 
 
 def test_models_of_other_families(command, capsys, monkeypatch, demo):

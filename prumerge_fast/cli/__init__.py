@@ -8,6 +8,7 @@ Exit codes: 0 done, 2 bad input (one line on standard error says what is wrong),
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 from enum import Enum
@@ -307,8 +308,9 @@ def _evaluate(
         int, _count_option("How many questions about demo scenes, without --questions.")
     ] = 2000,
     tokens: Annotated[
-        list[str] | None,
+        list[int] | None,
         typer.Option(
+            parser=_whole_number,
             metavar="N",
             help="Visual tokens at which methods are compared; may be repeated.",
             show_default="8 16 32 64 128",
@@ -343,9 +345,7 @@ def _evaluate(
             questions=questions,
             image_folder=image_folder,
             count=count,
-            budgets=list(
-                dict.fromkeys(map(_whole_number, tokens or ("8", "16", "32", "64", "128")))
-            ),
+            budgets=list(dict.fromkeys(tokens or (8, 16, 32, 64, 128))),
             output=output,
             dtype=dtype.value,
             device=device,
@@ -395,6 +395,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Those of the process for `None`.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names and answers may hold what it cannot encode
+        sys.stdout.reconfigure(errors="backslashreplace")
     # Bad usage, in typer of any version: the base class is public only through this subclass.
     usage_error: Any = typer.BadParameter.__base__
     try:
@@ -405,6 +407,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error.format_message())
     except PruMergeError as error:
         return _fail(str(error))
+    except OSError as error:
+        if error.filename is None:  # no file's: what went wrong is in the traceback
+            raise
+        return _fail(f"expected a file that can be read or written, got {error}")
     return code if isinstance(code, int) else 0
 
 

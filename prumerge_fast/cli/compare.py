@@ -170,6 +170,8 @@ def _items(options: CompareOptions) -> list[Item]:
 def _open_answers(options: CompareOptions, slug: str, stack: ExitStack) -> TextIO | None:
     if options.answers is None:
         return None
+    if options.answers.is_dir():
+        raise InputError(f"--answers: expected a file, got the folder {options.answers}")
     path = options.answers.with_name(f"{options.answers.stem}-{slug}{options.answers.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,7 +180,9 @@ def _open_answers(options: CompareOptions, slug: str, stack: ExitStack) -> TextI
                 f"--answers: expected a new file, got {path}, which exists; --overwrite replaces it"
             )
         # Not "w": what is there stays until the first new answer.
-        return stack.enter_context(path.open("a", encoding="utf-8", buffering=1))
+        return stack.enter_context(
+            path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
+        )
     except OSError as error:
         raise InputError(f"--answers: expected a writable file, got {path} ({error})") from None
 

@@ -9,6 +9,7 @@ import os
 import platform
 import statistics
 import string
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -201,8 +202,9 @@ def _processor() -> str:
 
 
 def print_json(result: Any) -> None:
-    """Writes a result to standard output as JSON."""
-    print(json.dumps(result, indent=2, ensure_ascii=False))
+    """Writes a result to standard output as JSON; in ASCII where that is not UTF-8."""
+    is_utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    print(json.dumps(result, indent=2, ensure_ascii=not is_utf8))
 
 
 def console() -> Console:

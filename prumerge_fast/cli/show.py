@@ -67,7 +67,7 @@ def run(options: ShowOptions) -> None:
     links = {centre: nearest(unit_keys, centre, options.config.neighbours) for centre in strongest}
     picture = draw(seen.image, attention, centres, links)
     try:
-        picture.save(output)
+        picture.save(output, "PNG")
     except OSError as error:
         raise InputError(f"--output: expected a writable file, got {output} ({error})") from None
 

@@ -113,7 +113,7 @@ def policies(budgets: Sequence[int], patches: int) -> list[Policy]:
 
 def random_patches(patches: int, count: int, name: str) -> list[int]:
     """`count` of `patches` patches in raster order, the same for the same `name`."""
-    rng = np.random.default_rng([count, *name.encode()])
+    rng = np.random.default_rng([count, *name.encode(errors="surrogatepass")])
     return sorted(rng.choice(patches, count, replace=False).tolist())
 
 

@@ -96,12 +96,23 @@ def run(options: EvaluationOptions) -> None:
         **score(items, chosen, answers),
         **report.provenance(options.command, loaded.device),
     }
-    if options.output is not None:
-        options.output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     if options.as_json:
         report.print_json(result)
     else:
         report.console().print(_table(result))
+    if options.output is not None:
+        _write(options.output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
+
+def _write(output: Path, text: str) -> None:
+    try:
+        # File names may hold what UTF-8 cannot; JSON reads the escapes.
+        output.write_text(text, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise InputError(
+            f"--output: expected a writable file, got {output} ({error}); the answers stay in "
+            f"{answers_file(output)}, and the same command goes on from them"
+        ) from None
 
 
 def _items(options: EvaluationOptions) -> list[Item]:
@@ -115,6 +126,11 @@ def _items(options: EvaluationOptions) -> list[Item]:
         raise InputError(
             f"--questions: expected an answer or a label for every question, got none for {unknown}"
             f" of {len(items)} in {options.questions}"
+        )
+    if any(item.category == OVERALL for item in items):
+        raise InputError(
+            f"--questions: expected no category {OVERALL!r}, which is that of all questions "
+            f"together, got one in {options.questions}"
         )
     return items
 
@@ -159,7 +175,7 @@ def answer_all(
     size = options.batch_size
     batches = [items[start : start + size] for start in range(0, len(items), size)]
     path = None if options.output is None else answers_file(options.output)
-    lines = [] if path is None else _resumed(path, _header(options, loaded, items))
+    lines = [] if path is None else _resumed(path, _header(options, loaded, items), len(batches))
     console = report.messages()
     columns = (TextColumn("questions"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
@@ -178,8 +194,8 @@ def answer_all(
     )
 
 
-def _resumed(path: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
-    """The batches on file, which is begun with `header` where there is none."""
+def _resumed(path: Path, header: dict[str, Any], most: int) -> list[dict[str, Any]]:
+    """The batches on file, `most` at most, which is begun with `header` where there is none."""
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -198,6 +214,11 @@ def _resumed(path: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
         raise InputError(
             f"--output: expected answers of a run with these settings, got {path} with "
             f"{json.dumps(first)}; remove it to start anew"
+        )
+    if len(lines) > most:  # two runs at once
+        raise InputError(
+            f"--output: expected at most {most} batches of answers, got {len(lines)} in {path}; "
+            "remove it to start anew"
         )
     return lines
 
