@@ -1,9 +1,4 @@
-"""Draws docs/accuracy.png, the curves of accuracy against tokens, from the committed result file.
-
-    python bench/plot_accuracy.py      # needs matplotlib: pip install -e ".[report]"
-
-The picture carries the checksum of the results that it shows, for a test to compare.
-"""
+"""The curves of accuracy against tokens in docs/results.md, for `bench/update_docs.py`."""
 
 from __future__ import annotations
 
@@ -13,8 +8,6 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "bench" / "results" / "demo-accuracy.json"
 SHOWN = {
     "random": ("#888888", ":"),
     "evenly spaced": ("#000000", ":"),
@@ -27,8 +20,9 @@ SHOWN = {
 }
 
 
-def main() -> None:
-    content = RESULTS.read_bytes()
+def draw(results: Path, output: Path) -> None:
+    """Draws what `prumerge-fast evaluate` measured, as a PNG with the results' checksum."""
+    content = results.read_bytes()
     run = json.loads(content)
     policies, budgets = run["policies"], run["settings"]["tokens"]
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
@@ -57,8 +51,4 @@ def main() -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     checksum = hashlib.sha256(content).hexdigest()
-    figure.savefig(ROOT / "docs" / "accuracy.png", dpi=110, metadata={"Results": checksum})
-
-
-if __name__ == "__main__":
-    main()
+    figure.savefig(output, dpi=110, metadata={"Results": checksum})

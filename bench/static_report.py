@@ -10,6 +10,7 @@ image with 52 centres. The bounds are those of the instruction roofline model (D
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import hashlib
 import json
@@ -118,21 +119,24 @@ def kernel_digest() -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Writes the report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    default = ROOT / "bench" / "results" / "static-report.json"
+    parser.add_argument("--output", type=Path, default=default, help="the result file (JSON)")
+    path = parser.parse_args(arguments).output
     result = {
         **report.provenance([], torch.device("cpu")),
-        "command": ["python", "bench/static_report.py"],
+        "command": ["python", "bench/static_report.py", *arguments],
         "kernel_digest": kernel_digest(),
         "image": IMAGE,
         "emulated_target": "sm_80",
         "counts": counts(),
         "resources": resources(),
     }
-    path = ROOT / "bench" / "results" / "static-report.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {path}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

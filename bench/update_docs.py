@@ -1,18 +1,22 @@
-"""Writes the tables of the documents from the committed result files.
+"""Writes the tables and pictures of the documents from the committed result files.
 
     python bench/update_docs.py           # after new results
-    python bench/update_docs.py --check   # exit code 1 if a table is stale
+    python bench/update_docs.py --check   # exit code 1 if a table or a picture is stale
 
-A table stands between `<!-- results:NAME -->` and `<!-- /results:NAME -->`.
+A table stands between `<!-- results:NAME -->` and `<!-- /results:NAME -->`. A picture carries the
+checksum of the results that it shows, and is drawn only where they changed: the curves need
+matplotlib, the excerpt of the report Chromium and playwright (`pip install -e ".[all]"`).
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import json
 import re
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,7 @@ import demo_tables
 import end_to_end_tables
 import kernel_tables
 import support_table
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -177,6 +182,31 @@ TABLES = {
 }
 
 
+def _draw_curves(path: Path) -> None:
+    import plot_accuracy  # needs matplotlib
+
+    plot_accuracy.draw(RESULTS / "demo-accuracy.json", path)
+
+
+def _photograph_report(path: Path) -> None:
+    import report  # loads the demo model
+
+    with tempfile.TemporaryDirectory() as folder:
+        report.main(["--output", f"{folder}/report.html", "--screenshot", str(path)])
+
+
+PICTURES = {  # of which results, drawn by what
+    ROOT / "docs" / "accuracy.png": ("demo-accuracy.json", _draw_curves),
+    ROOT / "docs" / "report.png": ("demo-compare.json", _photograph_report),
+}
+
+
+def shows(picture: Path, results: Path) -> bool:
+    """Whether a picture carries the checksum of the results."""
+    with Image.open(picture) as image:
+        return image.info.get("Results") == hashlib.sha256(results.read_bytes()).hexdigest()
+
+
 def updated(text: str) -> str:
     """A document with every table written anew."""
 
@@ -191,13 +221,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, only compare")
     check = parser.parse_args().check
-    stale = [path for path in DOCUMENTS if updated(path.read_text()) != path.read_text()]
-    for path in stale:
-        if check:
+    texts = [path for path in DOCUMENTS if updated(path.read_text()) != path.read_text()]
+    pictures = [path for path, (name, _) in PICTURES.items() if not shows(path, RESULTS / name)]
+    stale = texts + pictures
+    if check:
+        for path in stale:
             print(f"{path.relative_to(ROOT)}: stale, run python bench/update_docs.py")
-        else:
-            path.write_text(updated(path.read_text()))
-    return int(check and bool(stale))
+        return int(bool(stale))
+    for path in texts:
+        path.write_text(updated(path.read_text()))
+    for path in pictures:
+        PICTURES[path][1](path)
+    return 0
 
 
 if __name__ == "__main__":

@@ -16,10 +16,18 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_tables_are_those_of_the_result_files():
+def test_tables_and_pictures_are_those_of_the_result_files():
     command = [sys.executable, ROOT / "bench" / "update_docs.py", "--check"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_pictures_carry_the_results_that_they_show(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    documents = importlib.import_module("update_docs")
+    for picture, (name, _) in documents.PICTURES.items():
+        assert documents.shows(picture, documents.RESULTS / name)
+        assert not documents.shows(picture, documents.RESULTS / "cost.json")
 
 
 def test_support_table_names_tests_that_exist(monkeypatch):
