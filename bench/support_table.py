@@ -1,6 +1,7 @@
 """What works with which model family, each cell by the test that shows it.
 
-`.ci/run` runs these tests in every version that the table names.
+`.ci/run` runs these tests in every version that the table names; `tests/conftest.py` fails those
+that are skipped.
 """
 
 from __future__ import annotations
@@ -57,6 +58,11 @@ def node_ids() -> list[str]:
     """Of the families of transformers."""
     cells = [family_cell(family, feature) for family in FAMILIES for feature in FEATURES]
     return [cell for cell in cells if cell.startswith("tests/")]
+
+
+def original_node_ids() -> list[str]:
+    """Of the original LLaVA package."""
+    return [f"{ORIGINAL_TESTS}::{test}" for test in ORIGINAL.values() if test.startswith("test_")]
 
 
 def table() -> str:
