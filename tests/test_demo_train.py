@@ -1,6 +1,8 @@
 """The training recipe: packed turns are exact, targets fit the pictures, and runs resume."""
 
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from prumerge_fast.demo import IMAGE_TOKEN, PROMPT, recipe
+from prumerge_fast.demo import train as train_module
 from prumerge_fast.demo.conversations import IGNORE, MIX, Conversations, conversation_loss
 from prumerge_fast.demo.scenes import COLOURS, SHAPES, benchmark, make_scene
 from prumerge_fast.demo.set_prediction import PAIRS, patch_targets, set_targets
@@ -186,6 +189,37 @@ def test_run_with_other_settings_is_refused(tmp_path):
         ValueError, match="output: expected a new folder or a run with the settings"
     ):
         train(tmp_path, SHORT)
+
+
+BAD = {
+    "--scale: expected a finite number above 0, got 0.0": ["--scale", "0"],
+    "--scale: expected a finite number above 0, got inf": ["--scale", "inf"],
+    "--seed: expected a whole number from 0 to 2**32 - 1, got -1": ["--seed", "-1"],
+    "output: expected a folder to write to, got": ["--output", str(Path(__file__) / "run")],
+    "whose checkpoint.pt cannot be read": [],
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input(message, tmp_path, monkeypatch, capsys):
+    (tmp_path / "checkpoint.pt").write_text("half a checkp")
+    monkeypatch.setattr(sys, "argv", ["train", "--output", str(tmp_path), *BAD[message]])
+    with pytest.raises(SystemExit) as stopped:
+        train_module.main()
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_interrupted_command(tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_module, "_teach", interrupted)
+    monkeypatch.setattr(sys, "argv", ["train", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        train_module.main()
+    assert stopped.value.code == 130
+    assert "the same command goes on" in capsys.readouterr().err
 
 
 def test_stages_change_only_their_part(tmp_path):

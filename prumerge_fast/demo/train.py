@@ -37,6 +37,7 @@ from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from prumerge_fast.cli.inputs import InputError
 from prumerge_fast.demo import recipe
 from prumerge_fast.demo.conversations import (
     Conversations,
@@ -140,7 +141,12 @@ class Run:
     """A training run in a folder: its models, its checkpoint and its log."""
 
     def __init__(self, output: Path, config: TrainConfig) -> None:
-        output.mkdir(parents=True, exist_ok=True)
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"output: expected a folder to write to, got {output} ({error})"
+            ) from None
         torch.manual_seed(config.seed)
         self.output, self.config = output, config
         self.tokenizer = recipe.build_tokenizer()
@@ -202,9 +208,15 @@ class Run:
         """Where the run stands: `stage`, `step`, and `optimizer` once there is a checkpoint."""
         if not self.checkpoint.exists():
             return {"stage": 0, "step": 0}
-        state = torch.load(self.checkpoint, weights_only=True)
+        try:
+            state = torch.load(self.checkpoint, weights_only=True)
+        except Exception as error:  # of many kinds, where the file is damaged
+            raise InputError(
+                f"output: expected a new folder or a run's, got {self.output}, whose "
+                f"{self.checkpoint.name} cannot be read ({error})"
+            ) from None
         if state["config"] != asdict(self.config):
-            raise ValueError(
+            raise InputError(
                 f"output: expected a new folder or a run with the settings {asdict(self.config)}, "
                 f"got {self.output}, a run with {state['config']}"
             )
@@ -217,7 +229,7 @@ def train(output: Path, config: TrainConfig | None = None) -> LlavaForConditiona
     """Runs all stages, or what is left of them, and writes the model to `output`/tiny-llava.
 
     Raises:
-        ValueError: `output` holds a run with other settings.
+        InputError: `output` holds a run with other settings, or cannot be written.
         FloatingPointError: A loss is no longer finite.
     """
     run = Run(output, config or TrainConfig())
@@ -291,10 +303,17 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies all step counts")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    if not arguments.scale > 0:
-        parser.error(f"--scale: expected a number above 0, got {arguments.scale}")
+    if not (arguments.scale > 0 and math.isfinite(arguments.scale)):
+        parser.error(f"--scale: expected a finite number above 0, got {arguments.scale}")
+    if not 0 <= arguments.seed < 2**32:
+        parser.error(f"--seed: expected a whole number from 0 to 2**32 - 1, got {arguments.seed}")
     config = TrainConfig(seed=arguments.seed)
-    train(arguments.output, config.scaled(arguments.scale))
+    try:
+        train(arguments.output, config.scaled(arguments.scale))
+    except InputError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted; the same command goes on from the last checkpoint\n")
 
 
 if __name__ == "__main__":
