@@ -87,6 +87,8 @@ STEPS = (
             f"{_END_TO_END}llava-1.5-7b --precision float32 --batch-size 1 --layers 8",
             f"{_END_TO_END}llava-1.5-7b --precision nf4 --batch-size 1 --layers 8",
             f"{_END_TO_END}llava-1.5-7b --precision bfloat16 --batch-size 8 --layers 4",
+            f"{_END_TO_END}llava-1.5-7b --precision float32 --batch-size 8 --layers 2",
+            f"{_END_TO_END}llava-1.5-7b --precision nf4 --batch-size 8 --layers 2",
         ),
     ),
     Step("demo-accuracy", ("prumerge-fast evaluate --output {output}",)),
