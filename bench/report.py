@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from prumerge_fast.cli import page
 from prumerge_fast.cli.chart import Point, Series
-from prumerge_fast.cli.inputs import image_by_name
+from prumerge_fast.cli.inputs import InputError, image_by_name
 from prumerge_fast.cli.models import load
 
 RESULTS = Path(__file__).parent / "results"
@@ -81,14 +82,14 @@ def browser() -> Iterator[Any]:
     """Debian's Chromium without a screen, driven by playwright.
 
     Raises:
-        RuntimeError: There is no Chromium.
+        InputError: There is no Chromium.
     """
     from playwright.sync_api import sync_playwright
 
     names = ("chromium", "chromium-browser", "google-chrome")
     executable = next(filter(None, map(shutil.which, names)), None)
     if executable is None:
-        raise RuntimeError(f"expected one of {', '.join(names)} on the PATH, got none")
+        raise InputError(f"--screenshot: expected {' or '.join(names)} on the PATH, got none")
     silent = ("background-networking", "component-update", "sync", "gpu")
     with sync_playwright() as driver:
         chromium = driver.chromium.launch(
@@ -111,16 +112,29 @@ def screenshot(source: Path, output: Path, checksum: str) -> None:
     picture.convert("RGB").quantize(256, kmeans=1).save(output, optimize=True, pnginfo=note)
 
 
+def _read(option: str, path: Path) -> tuple[bytes, dict[str, Any]]:
+    """A result file as it is and as what it says."""
+    try:
+        content = path.read_bytes()
+        return content, json.loads(content)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{option}: expected a result file (JSON), got {path} ({error})") from None
+
+
 def main(arguments: list[str] | None = None) -> None:
+    """Writes the page, and the excerpt if it is asked for.
+
+    Raises:
+        InputError: Something given cannot be used.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--compare", type=Path, default=RESULTS / "demo-compare.json")
     parser.add_argument("--accuracy", type=Path, default=RESULTS / "demo-accuracy.json")
     parser.add_argument("--output", type=Path, default=Path("report.html"))
     parser.add_argument("--screenshot", type=Path, help="a PNG")
     options = parser.parse_args(arguments)
-    content = options.compare.read_bytes()
-    run = json.loads(content)
-    accuracy = json.loads(options.accuracy.read_text())
+    content, run = _read("--compare", options.compare)
+    _, accuracy = _read("--accuracy", options.accuracy)
     with page.writable(options.output) as file:
         loaded = load(None, dtype=run["settings"]["dtype"], device="cpu")
         pictures = page.panels(loaded, run, image_by_name)
@@ -130,4 +144,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        print(f"report.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from prumerge_fast.cli import compare, main, page, report
 from prumerge_fast.cli.chart import Point, Series, chart
-from prumerge_fast.cli.inputs import image_by_name
+from prumerge_fast.cli.inputs import InputError, image_by_name
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -285,6 +285,14 @@ def test_curves_are_those_of_the_result_file(bench_report, from_files):
     assert len(bench_report.curves(run)) == 10
 
 
+def test_result_files_that_cannot_be_read(bench_report, tmp_path):
+    (tmp_path / "broken.json").write_text('{"results":')
+    for option, name in (("--compare", "gone.json"), ("--accuracy", "broken.json")):
+        expected = rf"{option}: expected a result file \(JSON\), got .*{name}"
+        with pytest.raises(InputError, match=expected):
+            bench_report.main([option, str(tmp_path / name)])
+
+
 # In a real browser. Skipped where there is none, unless PRUMERGE_FAST_BROWSER=1 asks for one.
 
 CONTRAST = """() => {
@@ -317,7 +325,7 @@ def chromium(bench_report):
     with ExitStack() as stack:
         try:
             browser = stack.enter_context(bench_report.browser())
-        except (ImportError, RuntimeError) as error:
+        except (ImportError, InputError) as error:
             if os.environ.get("PRUMERGE_FAST_BROWSER") == "1":
                 raise
             pytest.skip(f"no browser: {error}")
