@@ -19,7 +19,12 @@ from prumerge_fast.prompt import (
     remembered_layout,
     shrink_prompt,
 )
-from prumerge_fast.versions import image_features_output
+from prumerge_fast.versions import (
+    cache_argument,
+    cache_of,
+    image_features_output,
+    set_visual_outputs,
+)
 
 # Arguments that describe the caller's prompt and cannot be shrunk, and what to do about it.
 _PACKED = "pass position_ids, which shrink with the prompt"
@@ -55,12 +60,12 @@ def forward(
     if (
         len(args) <= 1  # nothing but input_ids
         and not any(name in kwargs for name in adapter.image_arguments)
-        and remembered_layout(kwargs.get("past_key_values")) is None
+        and remembered_layout(cache_of(kwargs)) is None
     ):
         return original(*args, **kwargs)
     arguments = named_arguments(original, *args, **kwargs)
     images = take_images(adapter, arguments)
-    cache = arguments.get("past_key_values")
+    cache = cache_of(arguments)
     layout = remembered_layout(cache)
     if layout is None:
         check_no_placeholders(model, adapter, arguments.get("input_ids"), images)
@@ -99,6 +104,11 @@ def get_features(
     tokens = encode_images(model, adapter, images).get(modality)
     if tokens is None:  # a batch of none
         return image_features_output([], return_dict)
+    return _features_output(tokens, return_dict)
+
+
+def _features_output(tokens: ImageTokens, return_dict: bool) -> Any:
+    """The tokens [m, D] of each image or video, in the form that `get_features` returns."""
     output = image_features_output(list(tokens.features.split(tokens.lengths)), return_dict)
     if not isinstance(output, (list, tuple)):
         setattr(output, PLACEHOLDERS_ATTRIBUTE, tokens.placeholders)
@@ -117,12 +127,12 @@ def check_cache_is_empty(cache: Any) -> None:
         return
     if not hasattr(cache, "get_seq_length"):
         raise ValueError(
-            "past_key_values: expected a Cache or None together with images on a patched model, "
-            f"got {type(cache).__name__}"
+            f"{cache_argument()}: expected a Cache or None together with images on a patched "
+            f"model, got {type(cache).__name__}"
         )
     if int(cache.get_seq_length()) > 0:
         raise ValueError(
-            "past_key_values: expected an empty cache together with new images, got one that "
+            f"{cache_argument()}: expected an empty cache together with new images, got one that "
             f"holds {int(cache.get_seq_length())} tokens; start anew with the whole prompt"
         )
 
@@ -301,9 +311,10 @@ def _forward_with_images(
     return_dict = _returns_dict(model, arguments)
     outputs = original(**arguments, return_dict=True)
     for modality, tokens in encoded.items():
-        outputs[f"{modality}_hidden_states"] = tokens.features
-    if outputs.past_key_values is not None:
-        remember_layout(outputs.past_key_values, layout)
+        set_visual_outputs(outputs, modality, tokens.features, _features_output(tokens, True))
+    cache = cache_of(outputs)
+    if cache is not None:
+        remember_layout(cache, layout)
     return outputs if return_dict else outputs.to_tuple()
 
 
@@ -320,7 +331,7 @@ def _continue_prompt(arguments: dict[str, Any], layout: PromptLayout) -> None:
         new = arguments["inputs_embeds"]
     rows, steps = new.shape[:2]
     layout = layout.for_rows(rows)
-    cached = int(arguments["past_key_values"].get_seq_length())
+    cached = int(cache_of(arguments).get_seq_length())
     callers_length = cached + layout.removed + steps
     mask = arguments.get("attention_mask")
     counts_shrunk_prompt = False

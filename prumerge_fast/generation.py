@@ -32,7 +32,7 @@ from prumerge_fast.prompt import (
     remember_layout,
     remembered_layout,
 )
-from prumerge_fast.versions import is_default_length, set_length
+from prumerge_fast.versions import cache_argument, cache_of, is_default_length, set_length
 
 # Made by `generate` itself, these look at positions only, and count the shrunk prompt.
 _COUNT_POSITIONS = {
@@ -127,7 +127,7 @@ def generate(
     """Run `original`, the model's own `generate`, on the shrunk form of what the caller passed."""
     arguments = named_arguments(original, *args, **kwargs)
     images = take_images(adapter, arguments)
-    cache = arguments.get("past_key_values")
+    cache = cache_of(arguments)
     layout = remembered_layout(cache)
     if layout is not None:
         return _generate_later_turn(model, adapter, original, arguments, layout)
@@ -161,7 +161,7 @@ def _generate_later_turn(
     layout: PromptLayout,
 ) -> Any:
     """Go on from a cache that holds an earlier, shrunk prompt and perhaps its answer."""
-    cache = arguments["past_key_values"]
+    cache = cache_of(arguments)
     input_ids = _take_prompt(arguments)
     check_prompt(input_ids, None, arguments.get("inputs_embeds"))
     rows, length = input_ids.shape
@@ -175,14 +175,14 @@ def _generate_later_turn(
     if length <= held or attention_mask.shape != input_ids.shape:
         raise ValueError(
             "input_ids and attention_mask: expected the whole conversation, more than the "
-            f"{held} tokens whose keys and values past_key_values holds, got "
+            f"{held} tokens whose keys and values {cache_argument()} holds, got "
             f"{list(input_ids.shape)} and {list(attention_mask.shape)}"
         )
     later = input_ids[:, held:]
     if any((later == adapter.placeholder_id(model, kind)).any() for kind in adapter.pixels):
         raise ValueError(
-            "input_ids: expected no image behind the tokens in past_key_values on a patched "
-            "model; pass the conversation without past_key_values"
+            f"input_ids: expected no image behind the tokens in {cache_argument()} on a patched "
+            f"model; pass the conversation without {cache_argument()}"
         )
     return _generate_behind(model, original, arguments, options, layout, input_ids, attention_mask)
 
@@ -207,17 +207,18 @@ def _generate_behind(
         arguments[name] = WithCallersPrompt(arguments.get(name), prompt)
     if arguments.get("streamer") is not None:
         arguments["streamer"] = _RestoredStreamer(arguments["streamer"], prompt)
-    cache = arguments.get("past_key_values")
+    cache = cache_of(arguments)
     forget_layout(cache)  # until `generate` is through: it counts what the cache holds
     try:
         result = original(**arguments)
     finally:  # a call that failed may have left the shrunk prompt in the cache
         if cache is not None:
             remember_layout(cache, layout)
-    if getattr(result, "past_key_values", None) is not None:
-        remember_layout(result.past_key_values, layout)
     if isinstance(result, Tensor):
         return prompt.restore(result)
+    cache = cache_of(result)
+    if cache is not None:
+        remember_layout(cache, layout)
     result.sequences = prompt.restore(result.sequences)
     return result
 

@@ -14,6 +14,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from prumerge_fast.versions import cache_argument
+
 IGNORED_LABEL = -100  # what transformers' losses skip
 _CACHE_ATTRIBUTE = "_prumerge_layout"
 
@@ -69,7 +71,7 @@ class PromptLayout:
             return self
         if rows % batch:
             raise ValueError(
-                f"past_key_values: expected a cache of {rows} sequences, got one of {batch}"
+                f"{cache_argument()}: expected a cache of {rows} sequences, got one of {batch}"
             )
         source, gone = (x.repeat_interleave(rows // batch, 0) for x in (self.source, self.gone))
         return PromptLayout(source, self.length, gone)
@@ -231,7 +233,7 @@ def remembered_layout(cache: Any) -> PromptLayout | None:
         return None
     if cached < layout.shrunk_length:
         raise ValueError(
-            "past_key_values: expected a cache that holds the whole prompt, "
+            f"{cache_argument()}: expected a cache that holds the whole prompt, "
             f"{layout.shrunk_length} tokens after pruning, got one of length {cached}"
         )
     return layout

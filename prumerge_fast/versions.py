@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 from typing import Any
 
@@ -49,6 +50,33 @@ def image_features_output(features: list[Tensor], return_dict: bool) -> Any:
     form: Any = BaseModelOutputWithPooling  # declared to hold one tensor, used with a list
     output = form(pooler_output=features)
     return output if return_dict else output.to_tuple()
+
+
+def set_visual_outputs(outputs: Any, modality: str, features: Tensor, encoded: Any) -> None:
+    """Note the visual tokens on what `forward` returns: from 5.24 on as `get_image_features` or
+    `get_video_features` returns them (`encoded`), before as their `features` alone."""
+    if hasattr(outputs, f"{modality}_outputs"):
+        outputs[f"{modality}_outputs"] = encoded
+    else:
+        outputs[f"{modality}_hidden_states"] = features
+
+
+def cache_of(values: dict[str, Any]) -> Any:
+    """The KV cache among the arguments or the outputs of `forward` or `generate`, or `None`.
+
+    5.24 names it `cache`, and takes the older `past_key_values` as well.
+    """
+    # `dict.get`, because an output of 5.24 warns of the older name.
+    cache = dict.get(values, "cache")
+    return dict.get(values, "past_key_values") if cache is None else cache
+
+
+def cache_argument() -> str:
+    """The name of that argument, `cache` or `past_key_values`."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    names = [field.name for field in dataclasses.fields(CausalLMOutputWithPast)]
+    return "cache" if "cache" in names else "past_key_values"
 
 
 def is_default_length(model: Any, arguments: dict[str, Any], limit: int, name: str) -> bool:

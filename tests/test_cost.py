@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_cli import refusal
-from tiny_models import PATCHES, batch, images, prompt, tiny_llava
+from tiny_models import CACHE, PATCHES, batch, images, prompt, tiny_llava
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForImageTextToText,
@@ -80,9 +80,7 @@ def test_operations_are_those_that_pytorch_counts(model, config):
         lambda: model(inputs_embeds=embeds, logits_to_keep=1, use_cache=True)
     )
     found["decode"], _ = counted(
-        lambda: model(
-            input_ids=torch.tensor([[5]]), past_key_values=output.past_key_values, logits_to_keep=1
-        )
+        lambda: model(input_ids=torch.tensor([[5]]), **{CACHE: output[CACHE]}, logits_to_keep=1)
     )
     assert embeds.shape[1] == estimate.prompt_tokens
     assert found == {
@@ -98,10 +96,10 @@ def test_kv_bytes_are_those_of_a_real_cache(config):
     run = {**inputs, "pixel_values": images(1).half(), "use_cache": True}
     with torch.no_grad():
         if config is None:
-            cache = model(**run).past_key_values
+            cache = model(**run)[CACHE]
         else:
             with patched(model, config):
-                cache = model(**run).past_key_values
+                cache = model(**run)[CACHE]
     estimate = cost.estimate(shape_of(model), config, text_tokens=TEXT)
     assert estimate.kv_cache_bytes == cache_bytes(cache)
 

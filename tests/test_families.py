@@ -10,7 +10,18 @@ import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from tiny_families import FAMILIES, V5, Family, FamilyOracle, Part, takes
-from tiny_models import BOS, EVERYTHING, IMAGE, PAD, PATCHES, VIDEO, same, snapshot
+from tiny_models import (
+    BOS,
+    CACHE,
+    EVERYTHING,
+    IMAGE,
+    PAD,
+    PATCHES,
+    VIDEO,
+    features_of,
+    same,
+    snapshot,
+)
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForImageTextToText,
@@ -82,8 +93,7 @@ def test_keeping_everything_changes_nothing(
     assert torch.equal(actual.logits, expected.logits)
     assert torch.equal(actual.loss, expected.loss)
     for kind in family.kinds:
-        name = f"{kind}_hidden_states"
-        assert torch.equal(actual[name].flatten(), expected[name].flatten())
+        assert torch.equal(features_of(actual, kind), features_of(expected, kind))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -97,7 +107,7 @@ def test_padded_batches_equal_single_prompts(
     expected = [oracle.logits(parts, None) for parts in prompts]
     width = max(map(len, expected))
     assert outputs.logits.shape[1] == width
-    assert outputs.past_key_values.get_seq_length() == width
+    assert outputs[CACHE].get_seq_length() == width
     for row, logits in zip(outputs.logits, expected, strict=True):
         close(row[-len(logits) :] if side == "left" else row[: len(logits)], logits)
     pictures = [part for kind in family.kinds for part in family.pictures(prompts, kind)]
@@ -220,13 +230,13 @@ def test_max_length_and_later_turns(family: Family, model: Any) -> None:
     output = patch(model).generate(**inputs, max_length=length + 3, **options)
     assert output.sequences.shape == (1, length + 3)
     expected = model.generate(**inputs, max_new_tokens=5, **options).sequences
-    cache = copy.deepcopy(output.past_key_values)
-    again = model.generate(output.sequences, past_key_values=cache, max_new_tokens=2, **options)
+    cache = copy.deepcopy(output[CACHE])
+    again = model.generate(output.sequences, **{CACHE: cache}, max_new_tokens=2, **options)
     assert torch.equal(again.sequences, expected)
     placeholder = IMAGE if "video" not in family.kinds else VIDEO
     more = torch.cat([output.sequences, torch.tensor([[placeholder, 4]])], 1)
     with pytest.raises(ValueError, match="expected no image behind"):
-        model.generate(more, past_key_values=output.past_key_values)
+        model.generate(more, **{CACHE: output[CACHE]})
 
 
 @torch.no_grad()

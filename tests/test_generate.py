@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_models import (
     BOS,
+    CACHE,
     EOS,
     EVERYTHING,
     IMAGE,
@@ -365,8 +366,8 @@ def test_dictionaries(
     assert torch.equal(
         output.sequences[:, :LENGTH], INPUTS["input_ids"].repeat_interleave(beams, 0)
     )
-    assert output.past_key_values.get_seq_length() == output.hidden_states[0][0].shape[1] + 4
-    assert output.past_key_values.get_seq_length() < LENGTH
+    assert output[CACHE].get_seq_length() == output.hidden_states[0][0].shape[1] + 4
+    assert output[CACHE].get_seq_length() < LENGTH
     mine = model.compute_transition_scores(
         output.sequences, output.scores, getattr(output, "beam_indices", None)
     )
@@ -481,10 +482,10 @@ def test_static_cache(
     if made_by == "caller":
         options = {} if V5 else {"max_batch_size": 4, "device": "cpu", "dtype": torch.float32}
         config = plain.config.text_config
-        cache = {"past_key_values": StaticCache(config=config, max_cache_len=30, **options)}
+        cache = {CACHE: StaticCache(config=config, max_cache_len=30, **options)}
     output = model.generate(**INPUTS, max_new_tokens=6, return_dict_in_generate=True, **cache)
     check_answers(output.sequences, oracle, 6)
-    assert output.past_key_values.layers[0].keys.shape[2] <= 30
+    assert output[CACHE].layers[0].keys.shape[2] <= 30
     assert LENGTH > 30
 
 
@@ -508,13 +509,13 @@ def test_later_turns(
 ) -> None:
     inputs = batch([PROMPTS[row] for row in rows])
     pixels = PIXELS if len(rows) > 1 else PIXELS[:1]
-    own = {"past_key_values": DynamicCache()} if cache_by == "caller" else {}
+    own = {CACHE: DynamicCache()} if cache_by == "caller" else {}
     # No answer ends before the others: what follows EOS is padding, which would be attended to.
     options = {"max_new_tokens": 3, "min_new_tokens": 3}
     first = model.generate(
         **inputs, pixel_values=pixels, return_dict_in_generate=True, **own, **options
     )
-    sequences, mask, cache = first.sequences, inputs["attention_mask"], first.past_key_values
+    sequences, mask, cache = first.sequences, inputs["attention_mask"], first[CACHE]
     length = inputs["input_ids"].shape[1]
     spoken = [[] for _ in rows]
     for turn in range(2):
@@ -522,7 +523,7 @@ def test_later_turns(
         inputs = conversation(sequences, mask, more)
         again = {"pixel_values": pixels} if images_again else {}
         held = cache.get_seq_length()
-        output = model.generate(**inputs, **again, past_key_values=cache, **options)
+        output = model.generate(**inputs, **again, **{CACHE: cache}, **options)
         assert cache.get_seq_length() == held + 3 + 2
         assert torch.equal(output[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
         for row, number in enumerate(rows):
@@ -537,36 +538,34 @@ def test_later_turns(
 def test_later_turns_that_cannot_go_on(model: LlavaForConditionalGeneration) -> None:
     options = {"max_new_tokens": 3, "return_dict_in_generate": True}
     first = model.generate(**INPUTS, **options)
-    cache, mask = first.past_key_values, INPUTS["attention_mask"]
+    cache, mask = first[CACHE], INPUTS["attention_mask"]
     new_image = conversation(first.sequences, mask, [[IMAGE] * PATCHES + [5]] * 4)
-    with pytest.raises(ValueError, match="expected no image behind the tokens in past_key_values"):
-        model.generate(**new_image, pixel_values=images(8), past_key_values=cache)
+    with pytest.raises(ValueError, match=f"expected no image behind the tokens in {CACHE}"):
+        model.generate(**new_image, pixel_values=images(8), **{CACHE: cache})
     short = {key: value[:, :20] for key, value in new_image.items()}
     with pytest.raises(ValueError, match="expected the whole conversation, more than the"):
-        model.generate(**short, past_key_values=cache)
+        model.generate(**short, **{CACHE: cache})
     ids, ones = new_image["input_ids"][:, -1:], new_image["attention_mask"]
     with pytest.raises(ValueError, match="expected the whole conversation"):
-        model.generate(ids, attention_mask=ones, past_key_values=cache)
+        model.generate(ids, attention_mask=ones, **{CACHE: cache})
     text = conversation(first.sequences, mask, [[40]] * 4)
     with pytest.raises(ValueError, match="prompt_lookup_num_tokens: assisted decoding"):
-        model.generate(**text, past_key_values=cache, prompt_lookup_num_tokens=2)
-    assert model.generate(**text, past_key_values=cache, max_new_tokens=2).shape[1] == LENGTH + 6
+        model.generate(**text, **{CACHE: cache}, prompt_lookup_num_tokens=2)
+    assert model.generate(**text, **{CACHE: cache}, max_new_tokens=2).shape[1] == LENGTH + 6
 
     prefix = model.generate(torch.tensor([PROMPTS[3]]), **options)
     row = torch.cat([prefix.sequences, torch.tensor([[IMAGE] * PATCHES + [5]])], 1)
-    with pytest.raises(ValueError, match="past_key_values: expected an empty cache"):
-        model.generate(row, pixel_values=PIXELS[:1], past_key_values=prefix.past_key_values)
+    with pytest.raises(ValueError, match=f"{CACHE}: expected an empty cache"):
+        model.generate(row, pixel_values=PIXELS[:1], **{CACHE: prefix[CACHE]})
 
 
 def test_a_failing_later_turn_leaves_the_cache_usable(model: LlavaForConditionalGeneration) -> None:
     first = model.generate(**INPUTS, max_new_tokens=3, return_dict_in_generate=True)
     text = conversation(first.sequences, INPUTS["attention_mask"], [[40]] * 4)
-    expected = model.generate(
-        **text, past_key_values=copy.deepcopy(first.past_key_values), max_new_tokens=3
-    )
+    expected = model.generate(**text, **{CACHE: copy.deepcopy(first[CACHE])}, max_new_tokens=3)
     with pytest.raises(ValueError, match="nonsense"):
-        model.generate(**text, past_key_values=first.past_key_values, nonsense=1)
-    again = model.generate(**text, past_key_values=first.past_key_values, max_new_tokens=3)
+        model.generate(**text, **{CACHE: first[CACHE]}, nonsense=1)
+    again = model.generate(**text, **{CACHE: first[CACHE]}, max_new_tokens=3)
     assert torch.equal(again, expected)
 
 
@@ -581,9 +580,9 @@ def test_a_failing_first_turn_leaves_the_cache_usable(model: LlavaForConditional
     text = torch.cat([ids, torch.tensor([[40]])], 1)
     expected = model.generate(text, pixel_values=PIXELS[:1], **options)
     with pytest.raises(KeyError):
-        model.generate(ids, pixel_values=PIXELS[:1], past_key_values=cache, logits_processor=[fail])
+        model.generate(ids, pixel_values=PIXELS[:1], **{CACHE: cache}, logits_processor=[fail])
     assert 0 < cache.get_seq_length() < ids.shape[1]
-    assert torch.equal(model.generate(text, past_key_values=cache, **options), expected)
+    assert torch.equal(model.generate(text, **{CACHE: cache}, **options), expected)
 
 
 def test_later_turns_of_several_samples(model: LlavaForConditionalGeneration) -> None:
@@ -599,7 +598,7 @@ def test_later_turns_of_several_samples(model: LlavaForConditionalGeneration) ->
         max_new_tokens=3,
     )
     rows = torch.cat([first.sequences, torch.tensor([[40], [41]])], 1)
-    output = model.generate(rows, past_key_values=first.past_key_values, **GREEDY)
+    output = model.generate(rows, **{CACHE: first[CACHE]}, **GREEDY)
     for row, ids in zip(output, rows, strict=True):
         expected = model.generate(ids[None], pixel_values=PIXELS[:1], **GREEDY)
         assert torch.equal(row, expected[0])
@@ -639,7 +638,7 @@ def test_text_alone_passes_as_it_is(
         ({"return_legacy_cache": True}, "return_legacy_cache: a cache as a tuple"),
         ({"cache_implementation": "paged"}, "cache_implementation.*paged"),
         ({"position_ids": torch.zeros(4, 9)}, "position_ids: expected the shape of input_ids"),
-        ({"past_key_values": ()}, "past_key_values: expected a Cache or None"),
+        ({CACHE: ()}, f"{CACHE}: expected a Cache or None"),
         ({"custom_generate": "some/repository"}, "custom_generate: expected a callable"),
         ({"inputs_embeds": torch.zeros(4, LENGTH, 64)}, "inputs_embeds: expected None"),
         ({"attention_mask": torch.ones(4, 9)}, "attention_mask: expected the shape of input_ids"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_models import (
     BOS,
+    CACHE,
     EVERYTHING,
     IMAGE,
     OF_PROMPT,
@@ -18,6 +19,7 @@ from tiny_models import (
     PROMPTS,
     Oracle,
     batch,
+    features_of,
     images,
     prompt,
     tiny_llava,
@@ -75,7 +77,7 @@ def test_keeping_everything_changes_nothing(side: str, attention: str, dtype: to
     actual = patch(model, **EVERYTHING)(**inputs, labels=labels)
     assert torch.equal(actual.logits, expected.logits)
     assert torch.equal(actual.loss, expected.loss)
-    assert torch.equal(actual.image_hidden_states.flatten(), expected.image_hidden_states.flatten())
+    assert torch.equal(features_of(actual), features_of(expected))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -91,12 +93,12 @@ def test_padded_batches_equal_single_prompts(
     expected = [oracle.logits(*pair) for pair in zip(PROMPTS, OF_PROMPT, strict=True)]
     width = max(map(len, expected))
     assert outputs.logits.shape[1] == width
-    assert outputs.past_key_values.get_seq_length() == width
+    assert outputs[CACHE].get_seq_length() == width
     for row, logits in zip(outputs.logits, expected, strict=True):
         close(row[-len(logits) :] if side == "left" else row[: len(logits)], logits)
     features = oracle.features(PIXELS)
     assert model.prumerge.last_lengths == tuple(map(len, features))
-    torch.testing.assert_close(outputs.image_hidden_states, torch.cat(features))
+    torch.testing.assert_close(features_of(outputs), torch.cat(features))
 
 
 @torch.no_grad()
@@ -240,13 +242,13 @@ def test_no_images_in_a_batch_of_images(
 def test_a_cache_used_again(model: LlavaForConditionalGeneration) -> None:
     options = {} if V5 else {"max_batch_size": 1, "device": "cpu", "dtype": torch.float32}
     cache = StaticCache(config=model.config.text_config, max_cache_len=60, **options)
-    model(torch.tensor(PROMPTS[:1]), pixel_values=PIXELS[:1], past_key_values=cache)
+    model(torch.tensor(PROMPTS[:1]), pixel_values=PIXELS[:1], **{CACHE: cache})
     cache.reset()
     ids = torch.tensor([[BOS, *range(3, 50)]])  # longer than the pruned prompt
     expected = model(ids).logits
-    first = model(ids[:, :40], past_key_values=cache).logits
+    first = model(ids[:, :40], **{CACHE: cache}).logits
     places = torch.arange(40, ids.shape[1])[None]
-    rest = model(ids[:, 40:], past_key_values=cache, position_ids=places).logits
+    rest = model(ids[:, 40:], **{CACHE: cache}, position_ids=places).logits
     close(torch.cat([first, rest], 1), expected)
 
 
@@ -359,7 +361,7 @@ def test_steps_behind_padding_on_the_right(
         torch.tensor([[3], [4], [5]]),
         attention_mask=mask,
         position_ids=mask.sum(1, keepdim=True) - 1,
-        past_key_values=first.past_key_values,
+        **{CACHE: first[CACHE]},
     )
     oracle = Oracle(plain, PruMergeConfig())
     for row, token, number in ((0, 3, 0), (1, 4, 1), (2, 5, 3)):
@@ -374,7 +376,8 @@ def test_tuples_and_positional_arguments(model: LlavaForConditionalGeneration) -
     actual = model(inputs["input_ids"], PIXELS, inputs["attention_mask"], return_dict=False)
     assert isinstance(actual, tuple)
     assert torch.equal(actual[0], expected.logits)
-    assert torch.equal(actual[-1], expected.image_hidden_states)
+    features = actual[-1] if isinstance(actual[-1], torch.Tensor) else torch.cat(actual[-1][0])
+    assert torch.equal(features, features_of(expected))
 
 
 @torch.no_grad()
@@ -400,9 +403,13 @@ def test_image_features(
 @torch.no_grad()
 def test_encoded_images(model: LlavaForConditionalGeneration) -> None:
     inputs = batch(PROMPTS)
-    expected = model(**inputs, pixel_values=PIXELS).logits
+    first = model(**inputs, pixel_values=PIXELS)
+    expected = first.logits
     encoded = {"image": model.get_image_features(PIXELS)}
     assert torch.equal(model(**inputs, mm_encoder_outputs=encoded).logits, expected)
+    if "image_outputs" in first:  # from 5.24 on
+        returned = {"image": first.image_outputs}
+        assert torch.equal(model(**inputs, mm_encoder_outputs=returned).logits, expected)
     answers = model.generate(**inputs, pixel_values=PIXELS, max_new_tokens=4)
     again = model.generate(**inputs, mm_encoder_outputs=encoded, max_new_tokens=4)
     assert torch.equal(answers, again)
@@ -444,7 +451,7 @@ def bad(**changes: Any) -> dict[str, Any]:
         (bad(labels=[[1]]), "labels: expected the shape of input_ids.*got list"),
         (bad(position_ids=torch.zeros(3, 9)), "position_ids: expected the shape of input_ids"),
         (bad(position_ids=torch.zeros(1, 9)), "position_ids: expected the shape of input_ids"),
-        (bad(past_key_values=()), "past_key_values: expected a Cache or None.*got tuple"),
+        (bad(**{CACHE: ()}), f"{CACHE}: expected a Cache or None.*got tuple"),
     ],
 )
 def test_bad_inputs(
@@ -494,10 +501,10 @@ def test_decoding_by_hand(
         **inputs,
         pixel_values=PIXELS,
         position_ids=counted,
-        past_key_values=cache,
+        **{CACHE: cache},
         use_cache=True,
     )
-    cache = outputs.past_key_values
+    cache = outputs[CACHE]
     cached = int(cache.get_seq_length())
     assert cached < 30
     ones = torch.ones(4, 1, dtype=torch.long)
@@ -517,7 +524,7 @@ def test_decoding_by_hand(
             input_ids=tokens,
             attention_mask=step,
             position_ids=place.sum(1, keepdim=True) - 1 if positions else None,
-            past_key_values=cache,
+            **{CACHE: cache},
             use_cache=True,
         )
     oracle = Oracle(plain, PruMergeConfig())
@@ -535,26 +542,45 @@ def test_a_step_in_other_terms(model: LlavaForConditionalGeneration) -> None:
     place = {"cache_position": torch.arange(length)}
     assert torch.equal(model(**inputs, **place).logits, first.logits)
     tokens = torch.tensor([[3], [4], [5], [6]])
-    expected = model(tokens, past_key_values=copy.deepcopy(first.past_key_values)).logits
+    expected = model(tokens, **{CACHE: copy.deepcopy(first[CACHE])}).logits
     for step in (
         {"inputs_embeds": model.get_input_embeddings()(tokens)},
         {"input_ids": tokens, "cache_position": torch.tensor([length])},
     ):
-        cache = copy.deepcopy(first.past_key_values)
-        assert torch.equal(model(**step, past_key_values=cache).logits, expected)
+        cache = copy.deepcopy(first[CACHE])
+        assert torch.equal(model(**step, **{CACHE: cache}).logits, expected)
+
+
+@torch.no_grad()
+def test_the_older_name_of_the_cache(model: LlavaForConditionalGeneration) -> None:
+    """Which transformers 5.24 renamed and still takes."""
+    inputs = {**batch(PROMPTS), "pixel_values": PIXELS}
+    expected, cache = model(**inputs, use_cache=True), DynamicCache()
+    first = model(**inputs, past_key_values=cache)
+    assert torch.equal(first.logits, expected.logits)
+    tokens = torch.tensor([[3], [4], [5], [6]])
+    step = model(tokens, **{CACHE: expected[CACHE]})
+    assert torch.equal(model(tokens, past_key_values=cache).logits, step.logits)
+    ids = torch.cat([inputs["input_ids"], tokens, torch.tensor([[40]] * 4)], 1)
+    options = {"attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 2), value=1)}
+    options.update(max_new_tokens=3, do_sample=False)
+    answers = model.generate(ids, **options, **{CACHE: expected[CACHE]})
+    assert torch.equal(model.generate(ids, **options, past_key_values=cache), answers)
+    with pytest.raises(ValueError, match=f"{CACHE}: expected an empty cache"):
+        model(**inputs, past_key_values=cache)
 
 
 @torch.no_grad()
 def test_caches_that_do_not_fit(model: LlavaForConditionalGeneration) -> None:
     inputs = batch(PROMPTS)
-    cache = model(**inputs, pixel_values=PIXELS, use_cache=True).past_key_values
-    step = {"input_ids": torch.ones(4, 1, dtype=torch.long), "past_key_values": cache}
-    with pytest.raises(ValueError, match="past_key_values: expected an empty cache"):
-        model(**inputs, pixel_values=PIXELS, past_key_values=cache)
+    cache = model(**inputs, pixel_values=PIXELS, use_cache=True)[CACHE]
+    step = {"input_ids": torch.ones(4, 1, dtype=torch.long), CACHE: cache}
+    with pytest.raises(ValueError, match=f"{CACHE}: expected an empty cache"):
+        model(**inputs, pixel_values=PIXELS, **{CACHE: cache})
     with pytest.raises(ValueError, match=r"attention_mask: expected \[4, \d+\], as the prompt"):
         model(**step, attention_mask=torch.ones(4, 5))
     with pytest.raises(ValueError, match="cache of 3 sequences, got one of 4"):
-        model(input_ids=torch.ones(3, 1, dtype=torch.long), past_key_values=cache)
+        model(input_ids=torch.ones(3, 1, dtype=torch.long), **{CACHE: cache})
     cache.crop(4 - int(cache.get_seq_length()))
     with pytest.raises(ValueError, match="got one of length 4"):
         model(**step)

@@ -15,8 +15,10 @@ from transformers import (
 
 from prumerge_fast.config import PruMergeConfig
 from prumerge_fast.dispatch import prune_merge
+from prumerge_fast.versions import cache_argument
 
 IMAGE, VIDEO, PAD, BOS, EOS, VOCAB = 90, 88, 89, 1, 2, 91
+CACHE = cache_argument()
 PATCHES = 25  # 5 x 5 patches of 6 pixels
 
 
@@ -113,6 +115,16 @@ def tower_outputs(
     normed = reader.layer_norm1(states[deepest])
     hidden = torch.cat([states[layer] for layer in feature_layers], -1)
     return reader.self_attn.q_proj(normed), reader.self_attn.k_proj(normed), hidden
+
+
+def features_of(outputs: Any, kind: str = "image") -> Tensor:
+    """The visual tokens [sum of lengths, D] that `forward` returned: 5.24 has them one by one."""
+    features = outputs.get(f"{kind}_hidden_states")
+    if features is None:
+        features = torch.cat(
+            [one.flatten(0, -2) for one in outputs[f"{kind}_outputs"].pooler_output]
+        )
+    return features.flatten(0, -2)
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:

@@ -27,7 +27,7 @@ import torch
 
 from prumerge_fast.config import PruMergeConfig
 from prumerge_fast.patching import patched
-from prumerge_fast.versions import clip_transformer
+from prumerge_fast.versions import cache_of, clip_transformer
 from prumerge_fast.vision import reading_layer
 
 
@@ -106,7 +106,7 @@ def measure(
     return Measurement(
         output.sequences[:, prompt_length:].cpu(),
         times,
-        cache_bytes(output.past_key_values),
+        cache_bytes(cache_of(output)),
         visual_tokens,
     )
 
