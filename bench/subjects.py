@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from prumerge_fast.cli.inputs import items_from_demo
-from prumerge_fast.cli.models import load, prepare
+from prumerge_fast.cli.models import load
+from prumerge_fast.cli.prompts import prepare
 from prumerge_fast.cost.shapes import LLAVA_1_5_7B
 from prumerge_fast.demo import load_demo
 from prumerge_fast.quantisation import quantisation_config

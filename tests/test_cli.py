@@ -10,9 +10,10 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from tiny_models import BOS, EOS, IMAGE, PAD, PATCHES, VOCAB, tiny_llava
 from tokenizers import Tokenizer
@@ -21,7 +22,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
-from prumerge_fast.cli import compare, main, models, stages
+from prumerge_fast.cli import compare, main, models, prompts, stages
 from prumerge_fast.cli.inputs import items_from_images
 
 POLICIES = ["LLaVA", "PruMerge", "PruMerge+"]
@@ -150,13 +151,66 @@ def test_prompts_get_the_models_own_format_and_one_first_token(folder, photos):
     decode = loaded.processor.tokenizer.batch_decode
     photo = photos / "coffee.jpg"
     items = items_from_images([photo], ["what ?", "this <image> is"])
-    assert decode(models.prepare(loaded, items)["input_ids"]) == [
+    assert decode(prompts.prepare(loaded, items)["input_ids"]) == [
         f"<s> USER : {'<image> ' * PATCHES}what ? ASSISTANT :",
         f"{'<pad> ' * 4}<s> this {'<image> ' * PATCHES}is",
     ]
     loaded.processor.chat_template = "<s>what: <image> {{ messages[0].content[1].text }}"
-    ids = models.prepare(loaded, items[:1])["input_ids"]
+    ids = prompts.prepare(loaded, items[:1])["input_ids"]
     assert decode(ids) == [f"<s> what : {'<image> ' * PATCHES}what ?"]
+
+
+def test_llavas_own_conversation_and_padding(command, folder, photos, capsys):
+    """What `--conv-template` and `--image-aspect-ratio` ask is what LLaVA-1.5 was trained on."""
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    options = ["--conv-template", "vicuna_v1", "--image-aspect-ratio", "pad"]
+    assert main([*command, *options, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["settings"]["conv_template"] == "vicuna_v1"
+    assert result["settings"]["image_aspect_ratio"] == "pad"
+    model = LlavaForConditionalGeneration.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    colour = tuple(int(255 * mean) for mean in processor.image_processor.image_mean)
+    for answer in result["answers"]:
+        picture = Image.open(answer["image"]).convert("RGB")
+        inputs = processor(
+            images=ImageOps.pad(picture, (max(picture.size),) * 2, color=colour),
+            text="A chat between a curious user and an artificial intelligence assistant. The "
+            "assistant gives helpful, detailed, and polite answers to the user's questions. "
+            f"USER: <image>\n{answer['question']} ASSISTANT:",
+            return_tensors="pt",
+        )
+        ids = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        new = ids[0, inputs["input_ids"].shape[1] :]
+        expected = processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+        assert answer["answers"]["LLaVA"] == expected
+
+
+@pytest.mark.parametrize("size", [(101, 60), (60, 101), (77, 77)])
+def test_padding_is_that_of_llava(folder, size):
+    picture = Image.effect_noise(size, 90).convert("RGB")
+    padded = models.load(str(folder), dtype="auto", device="cpu", image_aspect_ratio="pad")
+    seen = np.asarray(prompts.framed(padded, picture))
+    side, (width, height) = max(size), size
+    top, left = (side - height) // 2, (side - width) // 2
+    inside = np.zeros((side, side), dtype=bool)
+    inside[top : top + height, left : left + width] = True
+    assert np.array_equal(seen[inside], np.asarray(picture).reshape(-1, 3))
+    mean = padded.processor.image_processor.image_mean
+    assert (seen[~inside] == [int(255 * channel) for channel in mean]).all()
+    plain = models.load(str(folder), dtype="auto", device="cpu")
+    assert prompts.framed(plain, picture) is picture
+
+
+def test_show_draws_what_the_padded_model_sees(folder, photos, tmp_path, capsys):
+    ask = ["show", str(photos / "coffee.jpg"), "--model", str(folder), "--json"]
+    ask += ["--output", str(tmp_path / "shown.png")]
+    attention = []
+    for option in ([], ["--image-aspect-ratio", "pad"]):
+        assert main([*ask, *option]) == 0
+        attention.append(json.loads(capsys.readouterr().out)["attention"])
+    assert attention[0] != attention[1]
 
 
 def test_compare_prints_tables(command, capsys):

@@ -15,7 +15,8 @@ from test_cli import folder, photos, refusal  # noqa: F401
 from prumerge_fast import PruMergeConfig, patched
 from prumerge_fast.cli import main
 from prumerge_fast.cli.inputs import items_from_demo
-from prumerge_fast.cli.models import load, prepare
+from prumerge_fast.cli.models import load
+from prumerge_fast.cli.prompts import prepare
 from prumerge_fast.evaluation import metrics, policies, run
 
 BUDGET = 16
@@ -262,8 +263,9 @@ def test_answers_of_other_settings_are_not_mixed(command, capsys, monkeypatch):
     arguments, _ = command
     assert main(arguments) == 0
     assert "all tokens" in capsys.readouterr().out
-    message = refusal(capsys, *arguments, "--max-new-tokens", 3)
-    assert "--output: expected answers of a run with these settings" in message
+    for other in (["--max-new-tokens", 3], ["--conv-template", "vicuna_v1"]):
+        message = refusal(capsys, *arguments, *other)
+        assert "--output: expected answers of a run with these settings" in message
 
 
 @pytest.fixture

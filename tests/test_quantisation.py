@@ -13,7 +13,8 @@ from tiny_models import EVERYTHING
 
 from prumerge_fast.cli.compare import accuracy
 from prumerge_fast.cli.inputs import items_from_demo
-from prumerge_fast.cli.models import Loaded, load, prepare
+from prumerge_fast.cli.models import Loaded, load
+from prumerge_fast.cli.prompts import prepare
 from prumerge_fast.config import PruMergeConfig
 from prumerge_fast.patching import patch, unpatch
 from prumerge_fast.quantisation import quantisation_config

@@ -13,7 +13,8 @@ from transformers import LlavaForConditionalGeneration
 
 import prumerge_fast
 from prumerge_fast.cli.inputs import items_from_demo
-from prumerge_fast.cli.models import load, prepare
+from prumerge_fast.cli.models import load
+from prumerge_fast.cli.prompts import prepare
 from prumerge_fast.demo import MODEL_DIR
 from prumerge_fast.patching import is_patched, unpatch
 

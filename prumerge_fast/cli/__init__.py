@@ -56,6 +56,14 @@ class Backend(str, Enum):
     reference = "reference"
 
 
+class ConvTemplate(str, Enum):
+    vicuna_v1 = "vicuna_v1"
+
+
+class AspectRatio(str, Enum):
+    pad = "pad"
+
+
 def _whole_number(value: str) -> int:
     if not str(value).isdecimal() or int(value) < 1:
         raise typer.BadParameter(f"expected a whole number >= 1, got {value}")
@@ -85,6 +93,20 @@ QuestionsOption = Annotated[
 ImageFolderOption = Annotated[
     Path | None,
     typer.Option(help="Where the question file's images are.", show_default="beside the file"),
+]
+ConvTemplateOption = Annotated[
+    ConvTemplate | None,
+    typer.Option(
+        help="vicuna_v1: the conversation LLaVA-1.5 was trained with, system message included.",
+        show_default="the model's chat template",
+    ),
+]
+AspectRatioOption = Annotated[
+    AspectRatio | None,
+    typer.Option(
+        help="pad: images are padded to squares with the mean colour, as in LLaVA-1.5's own code.",
+        show_default="as the model's image processor, which may crop",
+    ),
 ]
 KeepOption = Annotated[
     str | None,
@@ -128,6 +150,8 @@ def _compare(
     ] = None,
     questions: QuestionsOption = None,
     image_folder: ImageFolderOption = None,
+    conv_template: ConvTemplateOption = None,
+    image_aspect_ratio: AspectRatioOption = None,
     answers: Annotated[
         Path | None,
         typer.Option(
@@ -187,6 +211,8 @@ def _compare(
             prompts=prompt or [],
             questions=questions,
             image_folder=image_folder,
+            conv_template=_value(conv_template),
+            image_aspect_ratio=_value(image_aspect_ratio),
             answers=answers,
             overwrite=overwrite,
             html=html,
@@ -221,6 +247,7 @@ def _show(
         ),
     ] = None,
     model: ModelOption = None,
+    image_aspect_ratio: AspectRatioOption = None,
     variant: Annotated[Variant, typer.Option()] = Variant.prumerge,
     keep: KeepOption = None,
     neighbours: NeighboursOption = 32,
@@ -238,6 +265,7 @@ def _show(
             image=image,
             output=output,
             model=model,
+            image_aspect_ratio=_value(image_aspect_ratio),
             config=_config(variant, keep, neighbours, Merge.sum),
             backend=backend.value,
             dtype=dtype.value,
@@ -304,6 +332,8 @@ def _evaluate(
     model: ModelOption = None,
     questions: QuestionsOption = None,
     image_folder: ImageFolderOption = None,
+    conv_template: ConvTemplateOption = None,
+    image_aspect_ratio: AspectRatioOption = None,
     count: Annotated[
         int, _count_option("How many questions about demo scenes, without --questions.")
     ] = 2000,
@@ -344,6 +374,8 @@ def _evaluate(
             model=model,
             questions=questions,
             image_folder=image_folder,
+            conv_template=_value(conv_template),
+            image_aspect_ratio=_value(image_aspect_ratio),
             count=count,
             budgets=list(dict.fromkeys(tokens or (8, 16, 32, 64, 128))),
             output=output,
@@ -362,6 +394,10 @@ def _doctor(context: typer.Context, as_json: JsonOption = False) -> None:
     from prumerge_fast.cli.doctor import run
 
     run(context.obj, as_json=as_json)
+
+
+def _value(choice: Enum | None) -> str | None:
+    return None if choice is None else choice.value
 
 
 def _config(variant: Variant, keep: str | None, neighbours: int, merge: Merge) -> PruMergeConfig:

@@ -20,7 +20,8 @@ from prumerge_fast.cli.inputs import (
     items_from_images,
     items_from_jsonl,
 )
-from prumerge_fast.cli.models import Loaded, check_keep, load, prepare
+from prumerge_fast.cli.models import Loaded, check_keep, load
+from prumerge_fast.cli.prompts import prepare
 from prumerge_fast.cli.report import Answer
 from prumerge_fast.cli.stages import Measurement, StageTimes, measure
 from prumerge_fast.config import PruMergeConfig
@@ -40,6 +41,8 @@ class CompareOptions:
     prompts: list[str]
     questions: Path | None
     image_folder: Path | None
+    conv_template: str | None
+    image_aspect_ratio: str | None
     answers: Path | None
     overwrite: bool
     html: Path | None
@@ -85,6 +88,8 @@ def run(options: CompareOptions) -> None:
             dtype=options.dtype,
             device=options.device,
             bits=options.bits,
+            conv_template=options.conv_template,
+            image_aspect_ratio=options.image_aspect_ratio,
         )
         for config in options.configs:
             check_keep(config, loaded.patches)
@@ -274,6 +279,8 @@ def _as_json(
         "settings": {
             "dtype": _dtype_name(loaded),
             "bits": options.bits,
+            "conv_template": options.conv_template,
+            "image_aspect_ratio": options.image_aspect_ratio,
             "backend": backend,
             "batch_size": options.batch_size,
             "max_new_tokens": options.max_new_tokens,

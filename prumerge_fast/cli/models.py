@@ -1,20 +1,18 @@
-"""Loads a LLaVA and its processor, and turns questions into model inputs."""
+"""Loads a LLaVA and its processor."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from prumerge_fast.adapters import adapter_for
-from prumerge_fast.cli.inputs import IMAGE_TOKEN, InputError, Item
+from prumerge_fast.cli.inputs import InputError
 from prumerge_fast.config import PruMergeConfig
 from prumerge_fast.quantisation import quantisation_config
 
@@ -23,7 +21,13 @@ _ARCHITECTURE = "LlavaForConditionalGeneration"  # what the stages are timed on
 
 @dataclass(frozen=True)
 class Loaded:
-    """A LLaVA, ready to run, with its processor. `patches` is N, the patch tokens of an image."""
+    """A LLaVA, ready to run, with its processor.
+
+    Args:
+        patches: N, the patch tokens of an image.
+        conv_template: The conversation that questions stand in; `None`: the processor's own.
+        image_aspect_ratio: "pad": images are padded to squares first; `None`: as they are.
+    """
 
     model: Any
     processor: Any
@@ -31,9 +35,19 @@ class Loaded:
     device: torch.device
     dtype: torch.dtype
     patches: int
+    conv_template: str | None = None
+    image_aspect_ratio: str | None = None
 
 
-def load(model: str | None, *, dtype: str, device: str, bits: int | None = None) -> Loaded:
+def load(
+    model: str | None,
+    *,
+    dtype: str,
+    device: str,
+    bits: int | None = None,
+    conv_template: str | None = None,
+    image_aspect_ratio: str | None = None,
+) -> Loaded:
     """Loads a LLaVA from a folder or the hub; the demo model for `None`.
 
     Args:
@@ -41,6 +55,8 @@ def load(model: str | None, *, dtype: str, device: str, bits: int | None = None)
         dtype: "auto" (float32 on a CPU, else float16), "float32", "bfloat16" or "float16".
         device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:INDEX".
         bits: Quantise the language model with bitsandbytes to 4 (NF4) or 8; `None` leaves it.
+        conv_template: "vicuna_v1", or `None` for the processor's chat template.
+        image_aspect_ratio: "pad", or `None` to leave images to the processor.
 
     Raises:
         InputError: The model, the device or the quantisation is not available, or the model is of
@@ -99,7 +115,9 @@ def load(model: str | None, *, dtype: str, device: str, bits: int | None = None)
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     patches = adapter.num_patches(llava)
-    return Loaded(llava.eval(), processor, name, target, precision, patches)
+    return Loaded(
+        llava.eval(), processor, name, target, precision, patches, conv_template, image_aspect_ratio
+    )
 
 
 def resolve_device(device: str) -> torch.device:
@@ -168,62 +186,3 @@ def _quantisation(bits: int | None, dtype: torch.dtype, device: torch.device) ->
             "run: pip install 'prumerge_fast[int4]'"
         )
     return {"quantization_config": quantisation_config(bits, dtype), "device_map": {"": device}}
-
-
-def prepare(loaded: Loaded, items: Sequence[Item]) -> Any:
-    """Model inputs for a batch of questions, padded on the left, on the model's device.
-
-    Raises:
-        InputError: An image cannot be read, or its pixels are not finite once processed.
-    """
-    with np.errstate(divide="ignore", invalid="ignore"):  # an error below, not a warning
-        inputs = model_inputs(
-            loaded,
-            [format_prompt(loaded.processor, item) for item in items],
-            [item.load() for item in items],
-        )
-    check_pixels(inputs["pixel_values"], [item.image for item in items])
-    return inputs
-
-
-def model_inputs(loaded: Loaded, prompts: list[str], images: Sequence[Any]) -> Any:
-    """What the processor makes of whole prompts and the images of all of them, in order."""
-    # A chat template may have written the tokenizer's first token already.
-    first = loaded.processor.tokenizer.bos_token
-    inputs = loaded.processor(
-        images=list(images) or None,
-        text=prompts,
-        padding=True,
-        return_tensors="pt",
-        add_special_tokens=first is None or not prompts[0].startswith(first),
-    )
-    return inputs.to(loaded.device, loaded.dtype)
-
-
-def check_pixels(pixel_values: torch.Tensor, names: Sequence[str]) -> None:
-    """Raises InputError where an image's processed pixels [B, 3, H, W] are not finite."""
-    finite = pixel_values.isfinite().flatten(1).all(1).tolist()  # [B]
-    for name, good in zip(names, finite, strict=True):
-        if not good:
-            raise InputError(
-                f"image: expected finite pixel values from the model's image processor, "
-                f"got NaN or infinity for {name}"
-            )
-
-
-def format_prompt(processor: Any, item: Item) -> str:
-    """The whole prompt of a question about one image."""
-    if item.verbatim:
-        return item.text.replace(IMAGE_TOKEN, processor.image_token)
-    return chat_prompt(processor, item.text, images=1)
-
-
-def chat_prompt(processor: Any, text: str, images: int) -> str:
-    """A question behind its images, by the processor's chat template or as in LLaVA-1.5."""
-    if processor.chat_template is not None:
-        content = [{"type": "image"}] * images + [{"type": "text", "text": text}]
-        return processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
-    placeholders = f"{processor.image_token}\n" * images
-    return f"USER: {placeholders}{text} ASSISTANT:"

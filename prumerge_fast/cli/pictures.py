@@ -11,7 +11,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from prumerge_fast.cli.models import Loaded, check_pixels
+from prumerge_fast.cli.models import Loaded
+from prumerge_fast.cli.prompts import check_pixels, framed
 from prumerge_fast.config import PruMergeConfig
 from prumerge_fast.dispatch import prune_merge
 from prumerge_fast.output import MergedTokens
@@ -51,7 +52,8 @@ def look(
         InputError: The processed pixels of the image (by its `name`) are not finite.
     """
     processor = loaded.processor.image_processor
-    pixel_values = processor(image, return_tensors="pt")["pixel_values"]  # [1, 3, H, W]
+    framed_image = framed(loaded, image)
+    pixel_values = processor(framed_image, return_tensors="pt")["pixel_values"]  # [1, 3, H, W]
     check_pixels(pixel_values, [name])
     with torch.inference_mode():
         query, keys, hidden = encode(loaded.model, pixel_values.to(loaded.device, loaded.dtype))

@@ -35,6 +35,7 @@ class ShowOptions:
     image: str
     output: Path | None
     model: str | None
+    image_aspect_ratio: str | None
     config: PruMergeConfig
     backend: str
     dtype: str
@@ -55,7 +56,12 @@ def run(options: ShowOptions) -> None:
     if output.exists() and output.resolve() == Path(options.image).resolve():
         raise InputError(f"--output: expected another file than the image, got {output}")
     image = image_by_name(options.image)
-    loaded = load(options.model, dtype=options.dtype, device=options.device)
+    loaded = load(
+        options.model,
+        dtype=options.dtype,
+        device=options.device,
+        image_aspect_ratio=options.image_aspect_ratio,
+    )
     check_keep(options.config, loaded.patches)
     backend = resolve_backend(options.backend, loaded.device).name
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from prumerge_fast.adapters.base import PLACEHOLDERS_ATTRIBUTE
 from prumerge_fast.cli import report
 from prumerge_fast.cli.inputs import InputError, Item, items_from_demo, items_from_jsonl
-from prumerge_fast.cli.models import Loaded, load, prepare
+from prumerge_fast.cli.models import Loaded, load
+from prumerge_fast.cli.prompts import prepare
 from prumerge_fast.evaluation import metrics
 from prumerge_fast.evaluation.policies import (
     ABLATION,
@@ -52,6 +53,8 @@ class EvaluationOptions:
     model: str | None
     questions: Path | None
     image_folder: Path | None
+    conv_template: str | None
+    image_aspect_ratio: str | None
     count: int
     budgets: list[int]
     output: Path | None
@@ -79,7 +82,13 @@ def run(options: EvaluationOptions) -> None:
     items = _items(options)
     if options.output is not None and (options.output.is_dir() or not options.output.name):
         raise InputError(f"--output: expected a file, got the folder {options.output}")
-    loaded = load(options.model, dtype=options.dtype, device=options.device)
+    loaded = load(
+        options.model,
+        dtype=options.dtype,
+        device=options.device,
+        conv_template=options.conv_template,
+        image_aspect_ratio=options.image_aspect_ratio,
+    )
     if not any(cls.__name__ == FAMILY for cls in type(loaded.model).__mro__):
         raise InputError(
             f"--model: expected a {FAMILY}, whose images have N patches each, got "
@@ -141,6 +150,8 @@ def _settings(options: EvaluationOptions, loaded: Loaded) -> dict[str, Any]:
         "questions": None if options.questions is None else str(options.questions),
         "count": None if options.questions is not None else options.count,
         "tokens": options.budgets,
+        "conv_template": options.conv_template,
+        "image_aspect_ratio": options.image_aspect_ratio,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "batch_size": options.batch_size,
         "max_new_tokens": options.max_new_tokens,

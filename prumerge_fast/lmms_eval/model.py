@@ -17,8 +17,10 @@ from loguru import logger
 from PIL import Image
 from tqdm import tqdm
 
+from prumerge_fast.cli import AspectRatio, ConvTemplate, Dtype
 from prumerge_fast.cli.inputs import IMAGE_TOKEN, InputError
-from prumerge_fast.cli.models import chat_prompt, check_keep, load, model_inputs
+from prumerge_fast.cli.models import check_keep, load
+from prumerge_fast.cli.prompts import chat_prompt, model_inputs
 from prumerge_fast.config import PruMergeConfig, Variant
 from prumerge_fast.patching import patch
 
@@ -27,15 +29,10 @@ _SAMPLING = ("temperature", "top_p", "num_beams", "do_sample", "max_new_tokens")
 _WITHOUT_EFFECT = ("image_aspect_ratio",)  # tasks set it for other models; ours is an argument
 _CHOICES = {
     "variant": (*get_args(Variant), UNPRUNED),
-    "dtype": ("auto", "float32", "bfloat16", "float16"),
-    "conv_template": (None, "vicuna_v1"),
-    "image_aspect_ratio": (None, "pad"),
+    "dtype": [dtype.value for dtype in Dtype],
+    "conv_template": [None, *(template.value for template in ConvTemplate)],
+    "image_aspect_ratio": [None, *(ratio.value for ratio in AspectRatio)],
 }
-# What LLaVA-1.5's conversation `vicuna_v1` puts in front; chat templates on the hub leave it out.
-_VICUNA_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
 
 
 class LlavaPruMerge(lmms):
@@ -102,11 +99,14 @@ class LlavaPruMerge(lmms):
             self._rank = self.accelerator.process_index
             self._world_size = self.accelerator.num_processes
             device = str(self.accelerator.device)
-        self._conv_template = conv_template
-        self._pads = image_aspect_ratio == "pad"
         try:
             self._loaded = load(
-                pretrained, dtype=dtype, device=device, bits=4 if load_in_4bit else None
+                pretrained,
+                dtype=dtype,
+                device=device,
+                bits=4 if load_in_4bit else None,
+                conv_template=conv_template,
+                image_aspect_ratio=image_aspect_ratio,
             )
             if config is not None:
                 check_keep(config, self._loaded.patches)
@@ -171,22 +171,13 @@ class LlavaPruMerge(lmms):
                 raise TypeError(
                     f"{task}: expected images for llava_prumerge, got {type(one).__name__}"
                 )
-        pictures = [image.convert("RGB") for image in found]
-        if not self._pads:
-            return pictures
-        mean = self._loaded.processor.image_processor.image_mean
-        colour = tuple(int(255 * channel) for channel in mean)
-        return [_padded(picture, colour) for picture in pictures]
+        return [image.convert("RGB") for image in found]
 
     def _prompt(self, context: str, images: Sequence[Image.Image]) -> str:
         # Contexts of some tasks say where their images are.
         missing = 0 if IMAGE_TOKEN in context else len(images)
-        processor = self._loaded.processor
-        text = context.replace(IMAGE_TOKEN, processor.image_token)
-        if self._conv_template is None:
-            return chat_prompt(processor, text, missing)
-        placeholders = f"{processor.image_token}\n" * missing
-        return f"{_VICUNA_SYSTEM} USER: {placeholders}{text} ASSISTANT:"
+        text = context.replace(IMAGE_TOKEN, self._loaded.processor.image_token)
+        return chat_prompt(self._loaded, text, missing)
 
     def _inputs(self, prompts: list[str], images: list[list[Image.Image]]) -> Any:
         return model_inputs(self._loaded, prompts, [image for some in images for image in some])
@@ -247,14 +238,6 @@ def _before(text: str, ends: Sequence[str]) -> str:
     for end in ends:
         text = text.split(end)[0] if end else text
     return text
-
-
-def _padded(picture: Image.Image, colour: tuple[int, ...]) -> Image.Image:
-    """The picture in the middle of a square of its longer side."""
-    side = max(picture.size)
-    square = Image.new("RGB", (side, side), colour)
-    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-    return square
 
 
 def _of_argument(error: InputError) -> InputError:
