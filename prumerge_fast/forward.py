@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from prumerge_fast.adapters.base import PLACEHOLDERS_ATTRIBUTE, Adapter, ImageTokens
+from prumerge_fast.adapters.base import Adapter, ImageTokens
 from prumerge_fast.prompt import (
     IGNORED_LABEL,
     Placeholders,
@@ -103,16 +103,14 @@ def get_features(
         )
     tokens = encode_images(model, adapter, images).get(modality)
     if tokens is None:  # a batch of none
-        return image_features_output([], return_dict)
+        return image_features_output([], [], return_dict)
     return _features_output(tokens, return_dict)
 
 
 def _features_output(tokens: ImageTokens, return_dict: bool) -> Any:
     """The tokens [m, D] of each image or video, in the form that `get_features` returns."""
-    output = image_features_output(list(tokens.features.split(tokens.lengths)), return_dict)
-    if not isinstance(output, (list, tuple)):
-        setattr(output, PLACEHOLDERS_ATTRIBUTE, tokens.placeholders)
-    return output
+    features = list(tokens.features.split(tokens.lengths))
+    return image_features_output(features, tokens.placeholders, return_dict)
 
 
 def take_images(adapter: Adapter, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -249,13 +247,17 @@ def check_no_placeholders(
     if not isinstance(input_ids, Tensor):
         return
     for modality, pixels in adapter.pixels.items():
-        if images.get(pixels) is None or len(images[pixels]) > 0:
+        encoded = (images.get("mm_encoder_outputs") or {}).get(modality)
+        given = {pixels: images.get(pixels)}
+        given["mm_encoder_outputs"] = None if encoded is None else encoded.pooler_output
+        empty = [name for name, value in given.items() if value is not None and not len(value)]
+        if not empty:
             continue
         tokens = int((input_ids == adapter.placeholder_id(model, modality)).sum())
         if tokens:
             raise ValueError(
                 f"{modality.capitalize()} features and {modality} tokens do not match: input_ids "
-                f"holds {tokens} {modality} tokens, and {pixels} no {modality}"
+                f"holds {tokens} {modality} tokens, and {empty[0]} no {modality}"
             )
 
 
@@ -314,7 +316,7 @@ def _forward_with_images(
         set_visual_outputs(outputs, modality, tokens.features, _features_output(tokens, True))
     cache = cache_of(outputs)
     if cache is not None:
-        remember_layout(cache, layout)
+        remember_layout(cache, layout.placed(arguments.get("position_ids")))
     return outputs if return_dict else outputs.to_tuple()
 
 
@@ -349,6 +351,8 @@ def _continue_prompt(arguments: dict[str, Any], layout: PromptLayout) -> None:
             f"attention_mask: expected [{rows}, {callers_length}], as the prompt was passed, or "
             f"[{rows}, {cached + steps}], as it was pruned, got {list(mask.shape)}"
         )
-    if arguments.get("position_ids") is not None and not counts_shrunk_prompt:
-        arguments["position_ids"] = layout.later_positions(arguments["position_ids"])
+    if arguments.get("position_ids") is not None:
+        arguments["position_ids"] = layout.later_positions(
+            arguments["position_ids"], cached - layout.shrunk_length, not counts_shrunk_prompt
+        )
     arguments.pop("cache_position", None)  # counts the caller's prompt; the model knows its cache

@@ -26,6 +26,7 @@ from prumerge_fast.forward import (
     shrink_per_token,
     take_images,
 )
+from prumerge_fast.peft_wrapper import check_adapters
 from prumerge_fast.prompt import (
     PromptLayout,
     forget_layout,
@@ -137,7 +138,7 @@ def generate(
         return original(**arguments)
     check_cache_is_empty(cache)
     options = _resolved_options(model, original, arguments)
-    _check_options(options, arguments)
+    _check_options(model, options, arguments)
 
     input_ids = _take_prompt(arguments)
     attention_mask = arguments.pop("attention_mask", None)
@@ -167,7 +168,7 @@ def _generate_later_turn(
     rows, length = input_ids.shape
     layout = layout.for_rows(rows)
     options = _resolved_options(model, original, arguments)
-    _check_options(options, arguments)
+    _check_options(model, options, arguments)
     attention_mask = arguments.pop("attention_mask", None)
     if attention_mask is None:
         attention_mask = _inferred_mask(options, input_ids)
@@ -207,6 +208,10 @@ def _generate_behind(
         arguments[name] = WithCallersPrompt(arguments.get(name), prompt)
     if arguments.get("streamer") is not None:
         arguments["streamer"] = _RestoredStreamer(arguments["streamer"], prompt)
+    positions = arguments.get("position_ids")
+    if positions is None:  # as `generate` counts them
+        positions = arguments["attention_mask"].cumsum(1) - 1  # [B, S + g]
+    layout = layout.placed(positions)
     cache = cache_of(arguments)
     forget_layout(cache)  # until `generate` is through: it counts what the cache holds
     try:
@@ -216,6 +221,11 @@ def _generate_behind(
             remember_layout(cache, layout)
     if isinstance(result, Tensor):
         return prompt.restore(result)
+    if not isinstance(getattr(result, "sequences", None), Tensor):
+        raise ValueError(
+            "custom_generate: expected it to return ids [B, length], or an output that holds them "
+            f"as sequences, on a patched model, got {type(result).__name__}"
+        )
     cache = cache_of(result)
     if cache is not None:
         remember_layout(cache, layout)
@@ -274,7 +284,8 @@ def _resolved_options(model: Any, original: Callable[..., Any], arguments: dict[
     return model._prepare_generation_config(arguments.get("generation_config"), **options)[0]
 
 
-def _check_options(options: Any, arguments: dict[str, Any]) -> None:
+def _check_options(model: Any, options: Any, arguments: dict[str, Any]) -> None:
+    check_adapters(getattr(model.prepare_inputs_for_generation, "__self__", model))  # PEFT's
     for name, title in _UNSUPPORTED.items():
         if arguments.get(name, getattr(options, name, None)):
             raise ValueError(

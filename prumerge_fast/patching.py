@@ -22,6 +22,7 @@ from prumerge_fast.adapters.base import Override
 from prumerge_fast.config import PruMergeConfig
 from prumerge_fast.dispatch import resolve_backend
 from prumerge_fast.errors import UnsupportedModelError
+from prumerge_fast.peft_wrapper import check_adapters, without_peft
 
 Model = TypeVar("Model")
 
@@ -91,6 +92,7 @@ def patch(
     config = config.replace(**config_fields)
     if backend is None:
         backend = "auto" if current is None else current.backend
+    check_adapters(model)
     adapter.check(instance)
     config.budget(adapter.num_patches(instance))  # raises when `keep` does not fit
     resolve_backend(backend, adapter.device(instance))
@@ -155,14 +157,6 @@ def patched(
 def is_patched(model: object) -> bool:
     """Whether `patch` was applied to this instance, or to the one inside PEFT's wrapper."""
     return hasattr(type(without_peft(model)), "_prumerge_base")
-
-
-def without_peft(model: Any) -> Any:
-    """The model that PEFT wraps (`PeftModel`, `PeftMixedModel`); any other as it is."""
-    names = {cls.__name__ for cls in type(model).__mro__}
-    if "PeftMixedModel" in names:  # which has no `get_base_model`
-        return model.base_model.model
-    return model.get_base_model() if "PeftModel" in names else model
 
 
 @functools.cache

@@ -7,8 +7,9 @@ cache so that later steps may go on in the caller's terms.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,6 +19,9 @@ from prumerge_fast.versions import cache_argument
 
 IGNORED_LABEL = -100  # what transformers' losses skip
 _CACHE_ATTRIBUTE = "_prumerge_layout"
+# Methods of a KV cache that rearrange its sequences.
+_REPEAT = "batch_repeat_interleave"
+_ROW_METHODS = ("reorder_cache", "batch_select_indices", _REPEAT)
 
 
 class Placeholders(NamedTuple):
@@ -43,12 +47,16 @@ class PromptLayout:
     Args:
         source: [B, S] int64, the caller's column that each position comes from; -1 for padding.
         length: Number of columns L of the caller's prompt. Later tokens correspond one to one.
-        gone: [B, 1] int64, tokens that each prompt lost, padding apart.
+        gone: [B, 1] int64, by how much positions behind the prompt are less than the caller's: the
+            tokens that each prompt lost, padding apart.
+        next_position: [B, 1] int64, the model's position of the first token behind the prompt, once
+            `placed`.
     """
 
     source: Tensor
     length: int
     gone: Tensor
+    next_position: Tensor | None = None
 
     @property
     def shrunk_length(self) -> int:
@@ -73,8 +81,29 @@ class PromptLayout:
             raise ValueError(
                 f"{cache_argument()}: expected a cache of {rows} sequences, got one of {batch}"
             )
-        source, gone = (x.repeat_interleave(rows // batch, 0) for x in (self.source, self.gone))
-        return PromptLayout(source, self.length, gone)
+        return self.rows(torch.arange(batch).repeat_interleave(rows // batch))
+
+    def rows(self, index: Tensor) -> PromptLayout:
+        """The layout of these of the B sequences, as an index [b] or a mask [B]."""
+        tensors: dict[str, Any] = {
+            name: tensor[index.to(tensor.device)]
+            for name, tensor in vars(self).items()
+            if isinstance(tensor, Tensor)
+        }
+        return replace(self, **tensors)
+
+    def placed(self, position_ids: Tensor | None) -> PromptLayout:
+        """The layout of a prompt that the model ran with positions [B or 1, S + g].
+
+        Without any, `forward` numbers the columns, padding among them, here and for the caller.
+        """
+        if position_ids is None:
+            gone = torch.full_like(self.gone, self.removed)
+            return replace(self, gone=gone, next_position=self.shrunk_length + 0 * gone)
+        last = self.source.shape[1] - 1 - (self.source >= 0).flip(1).int().argmax(1, keepdim=True)
+        last = last.to(position_ids.device)  # [B, 1]
+        following = position_ids.expand(len(last), -1).gather(1, last) + 1
+        return replace(self, next_position=following)
 
     def ids(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """The shrunk prompt's ids [B, S + g], padded with the id that the caller padded with."""
@@ -127,9 +156,18 @@ class PromptLayout:
         shrunk = position_ids.gather(1, source.clamp(min=0)) - gone
         return shrunk.masked_fill(~is_token, 0)
 
-    def later_positions(self, position_ids: Tensor) -> Tensor:
-        """Position ids [B or 1, q] of tokens behind the prompt, without the tokens gone: [B, q]."""
-        return position_ids - self.gone.to(position_ids.device)
+    def later_positions(self, position_ids: Tensor, later: int, of_caller: bool) -> Tensor:
+        """Position ids [B or 1, q] of tokens behind the prompt and `later` more, as [B, q].
+
+        Positions that go on from the caller's go without the tokens gone; those that go on from
+        the model's, as when a loop counts what the cache holds, stay. Of others, `of_caller` says
+        which they are.
+        """
+        gone = self.gone.to(position_ids.device)  # [B, 1]
+        if self.next_position is not None:
+            ahead = position_ids[:, :1] - self.next_position.to(position_ids.device) - later
+            of_caller = bool((ahead == gone).all()) or (of_caller and bool(ahead.any()))
+        return position_ids - gone if of_caller else position_ids.expand(len(gone), -1)
 
 
 def shrink_prompt(
@@ -207,14 +245,32 @@ def padding_of(attention_mask: Tensor | None) -> tuple[Literal["left", "right"],
 
 
 def remember_layout(cache: Any, layout: PromptLayout) -> None:
-    """Note on a KV cache that it holds the shrunk form of the caller's prompt."""
+    """Note on a KV cache that it holds the shrunk form of the caller's prompt.
+
+    Where its sequences are rearranged, the layout's are too.
+    """
     setattr(cache, _CACHE_ATTRIBUTE, layout)
+    for name in _ROW_METHODS:
+        if hasattr(type(cache), name):
+            setattr(cache, name, functools.partial(_rearrange, cache, name))
 
 
 def forget_layout(cache: Any) -> None:
     """Make later steps take the cache's prompt as it is."""
-    if hasattr(cache, _CACHE_ATTRIBUTE):
-        delattr(cache, _CACHE_ATTRIBUTE)
+    for name in (_CACHE_ATTRIBUTE, *_ROW_METHODS):
+        if name in getattr(cache, "__dict__", ()):
+            delattr(cache, name)
+
+
+def _rearrange(cache: Any, name: str, *args: Any, **kwargs: Any) -> None:
+    """A cache's own method, which takes the rows or how often to repeat each, and its layout."""
+    held = cache.layers[0].keys.shape[0]
+    getattr(type(cache), name)(cache, *args, **kwargs)
+    (rows,) = (*args, *kwargs.values())
+    if name == _REPEAT:
+        rows = torch.arange(held).repeat_interleave(rows)
+    layout = getattr(cache, _CACHE_ATTRIBUTE).for_rows(held)
+    setattr(cache, _CACHE_ATTRIBUTE, layout.rows(torch.as_tensor(rows)))
 
 
 def remembered_layout(cache: Any) -> PromptLayout | None:

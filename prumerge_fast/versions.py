@@ -41,14 +41,15 @@ def ties_embeddings(config: Any) -> bool:
     return bool(config.tie_word_embeddings)
 
 
-def image_features_output(features: list[Tensor], return_dict: bool) -> Any:
+def image_features_output(
+    features: list[Tensor], placeholders: list[int], return_dict: bool
+) -> Any:
     """What `get_image_features` returns: 4.x the list itself, 5.x an output that holds it."""
     if _is_4():
         return features
-    from transformers.modeling_outputs import BaseModelOutputWithPooling
+    from prumerge_fast.encoder_output import PrunedFeatures
 
-    form: Any = BaseModelOutputWithPooling  # declared to hold one tensor, used with a list
-    output = form(pooler_output=features)
+    output = PrunedFeatures(pooler_output=features, placeholders=placeholders)
     return output if return_dict else output.to_tuple()
 
 
@@ -64,11 +65,12 @@ def set_visual_outputs(outputs: Any, modality: str, features: Tensor, encoded: A
 def cache_of(values: dict[str, Any]) -> Any:
     """The KV cache among the arguments or the outputs of `forward` or `generate`, or `None`.
 
-    5.24 names it `cache`, and takes the older `past_key_values` as well.
+    5.24 names it `cache`. It takes older names as well, and goes by the newest that is there.
     """
-    # `dict.get`, because an output of 5.24 warns of the older name.
-    cache = dict.get(values, "cache")
-    return dict.get(values, "past_key_values") if cache is None else cache
+    # `dict.get` and `keys`, because an output of 5.24 warns of the older names.
+    names = ("cache", "past_key_values", "cache_params")
+    name = next((name for name in names if name in dict.keys(values)), names[0])
+    return dict.get(values, name)
 
 
 def cache_argument() -> str:

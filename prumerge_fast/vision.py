@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from prumerge_fast.errors import UnsupportedModelError
+from prumerge_fast.peft_wrapper import without_peft
 from prumerge_fast.versions import clip_transformer, run_encoder_layer
 
 
@@ -108,7 +109,7 @@ def query_keys_hidden(
 
     Raises:
         UnsupportedModelError: No layer reads `feature_layer`, or the tower's weights are offloaded
-            together with a module around it.
+            together with a module around it, or sharded layer by layer.
         ValueError: The images have the wrong size.
     """
     with _weights(tower, reading_layer(tower, feature_layer)):
@@ -160,6 +161,14 @@ def _weights(tower: Any, index: int) -> ExitStack:
             "vision tower: expected weights that are there, or that accelerate brings to the tower "
             "or its parts; they are offloaded together with a module around it"
         )
+    called = (reader.layer_norm1, reader.self_attn.q_proj, projection)
+    parameters = [one for module in called for one in module.parameters()]
+    if any(type(one).__name__ == "DTensor" for one in parameters):
+        stack.close()
+        raise UnsupportedModelError(
+            f"vision tower: expected layer {index} whole, got it sharded (FSDP): parts of it run "
+            "by themselves, which do not gather it; shard the language model's layers only"
+        )
     return stack
 
 
@@ -183,7 +192,6 @@ def encode(model: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             PruMerge does not work with.
     """
     from prumerge_fast.adapters import adapter_for  # the families import this module
-    from prumerge_fast.patching import without_peft
 
     model = without_peft(model)
     return adapter_for(model).query_keys_hidden(model, {"pixel_values": pixel_values})

@@ -1,14 +1,19 @@
-"""A vision tower and a language model of different dtypes and modes."""
+"""A vision tower and a language model of different dtypes and modes, or sharded."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny_models import EVERYTHING, PIXELS, PROMPTS, batch, tiny_llava
 
+from prumerge_fast.errors import UnsupportedModelError
 from prumerge_fast.patching import patch, unpatch
+from prumerge_fast.versions import clip_transformer
 
 INPUTS: dict[str, Any] = {**batch(PROMPTS), "pixel_values": PIXELS}
 KEPT = INPUTS["attention_mask"].bool()
@@ -67,3 +72,40 @@ def test_mode_is_the_models_own() -> None:
         assert not torch.allclose(model(**INPUTS).logits, expected)
         assert all(module.training for module in model.modules())
         assert torch.equal(model.eval()(**INPUTS).logits, expected)
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """Of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("first", ["patch", "shard"])
+def test_sharded_language_models(first: str) -> None:
+    """FSDP2, layer by layer; a sharded tower, which patching runs in parts, is refused."""
+    from torch.distributed.fsdp import fully_shard
+
+    def sharded(of_tower: bool) -> Any:
+        model = tiny_llava()
+        if first == "patch":
+            patch(model)
+        layers = clip_transformer(model.model.vision_tower).encoder.layers if of_tower else []
+        for layer in (*layers, *model.model.language_model.layers):
+            fully_shard(layer)
+        fully_shard(model)
+        return model if first == "patch" else patch(model)
+
+    labels = INPUTS["input_ids"].masked_fill(~KEPT, -100)
+    expected = patch(tiny_llava())(**INPUTS, labels=labels)
+    model = sharded(of_tower=False)
+    actual = model(**INPUTS, labels=labels)
+    torch.testing.assert_close(actual.logits, expected.logits)
+    actual.loss.backward()
+    expected.loss.backward()
+    weight = clip_transformer(model.model.vision_tower).encoder.layers[0].mlp.fc1.weight
+    assert weight.grad.full_tensor().any()
+    with pytest.raises(UnsupportedModelError, match="vision tower: expected layer 3 whole, got it"):
+        sharded(of_tower=True)(**INPUTS)

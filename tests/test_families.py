@@ -402,17 +402,23 @@ def test_text_alone_passes_as_it_is(family: Family, plain: Any, model: Any) -> N
     assert model.prumerge.last_lengths is None
 
 
+@pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
-def test_one_flat_colour(family: Family, model: Any) -> None:
+def test_one_flat_colour(
+    family: Family, plain: Any, model: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No patch stands out, or all do; with a budget ties go to the lower index."""
-    inputs = family.inputs(family.prompts())
-    for name in inputs:
-        if name.startswith("pixel_values"):
-            inputs[name] = torch.full_like(inputs[name], 0.3)
-    for config in CONFIGS.values():
-        outputs = patch(model, config)(**inputs)
-        assert outputs.logits.isfinite().all()
-        assert model.generate(**inputs, max_new_tokens=2).shape[0] == len(inputs["input_ids"])
+    pixels = family.pixels
+    monkeypatch.setattr(
+        family, "pixels", lambda kind, number: torch.full_like(pixels(kind, number), 0.3)
+    )
+    prompts = family.prompts()
+    inputs, oracle = family.inputs(prompts), FamilyOracle(family, plain, CONFIGS[name])
+    outputs = patch(model, CONFIGS[name])(**inputs)
+    for row, parts in zip(outputs.logits, prompts, strict=True):
+        expected = oracle.logits(parts, None)
+        close(row[-len(expected) :], expected)
+    assert model.generate(**inputs, max_new_tokens=2).shape[0] == len(inputs["input_ids"])
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])

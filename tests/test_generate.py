@@ -676,6 +676,15 @@ def test_decoding_loop_of_the_caller(model: LlavaForConditionalGeneration) -> No
     assert torch.equal(model.generate(**INPUTS, max_new_tokens=4, custom_generate=loop), expected)
 
 
+@pytest.mark.parametrize("returned", [dict, tuple])
+def test_decoding_loops_that_return_something_else(
+    model: LlavaForConditionalGeneration, returned: type
+) -> None:
+    message = f"custom_generate: expected it to return ids .* got {returned.__name__}"
+    with pytest.raises(ValueError, match=message):
+        model.generate(**INPUTS, custom_generate=lambda *_args, **_options: returned())
+
+
 def test_keeps_no_gradients(model: LlavaForConditionalGeneration) -> None:
     tracked = []
     model.model.multi_modal_projector.register_forward_hook(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -416,6 +417,21 @@ def test_encoded_images(model: LlavaForConditionalGeneration) -> None:
     with pytest.raises(ValueError, match="pixel_values: expected None"):
         model(**inputs, pixel_values=PIXELS, mm_encoder_outputs=encoded)
 
+    # As hooks and containers rebuild outputs, of their fields.
+    rebuilt = {"image": type(encoded["image"])(dict(encoded["image"]))}
+    assert torch.equal(model(**inputs, mm_encoder_outputs=rebuilt).logits, expected)
+    mapped = torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, encoded)
+    assert torch.equal(model(**inputs, mm_encoder_outputs=mapped).logits, expected)
+    again = pickle.loads(pickle.dumps(encoded))
+    assert torch.equal(model(**inputs, mm_encoder_outputs=again).logits, expected)
+
+    none = {"image": model.get_image_features(PIXELS[:0])}
+    text = {"input_ids": torch.tensor([PROMPTS[3]])}
+    assert torch.equal(model(**text, mm_encoder_outputs=none).logits, model(**text).logits)
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=r"100 image tokens, and mm_encoder_outputs no image"):
+            call(**inputs, mm_encoder_outputs=none)
+
 
 @torch.no_grad()
 def test_text_alone_passes_as_it_is(plain: LlavaForConditionalGeneration) -> None:
@@ -551,6 +567,78 @@ def test_a_step_in_other_terms(model: LlavaForConditionalGeneration) -> None:
         assert torch.equal(model(**step, **{CACHE: cache}).logits, expected)
 
 
+REARRANGED = {
+    "reorder_cache": (torch.tensor([2, 0, 3, 1]), [2, 0, 3, 1]),
+    "batch_select_indices": (torch.tensor([3, 1]), [3, 1]),
+    "batch_repeat_interleave": (2, [0, 0, 1, 1, 2, 2, 3, 3]),
+}
+
+
+@pytest.mark.parametrize("name", REARRANGED)
+@pytest.mark.parametrize("copied", [False, True])
+@torch.no_grad()
+def test_sequences_of_the_cache_that_are_rearranged(
+    model: LlavaForConditionalGeneration, name: str, copied: bool
+) -> None:
+    """As hand-written beam search does; twice, so that it starts from more rows than prompts."""
+    inputs = batch(PROMPTS)
+    cache = model(**inputs, pixel_values=PIXELS, use_cache=True)[CACHE]
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+    tokens = torch.tensor([[3], [4], [5], [6]])
+    expected = model(tokens, attention_mask=mask, **{CACHE: copy.deepcopy(cache)}).logits
+    if copied:
+        cache = pickle.loads(pickle.dumps(copy.deepcopy(cache)))
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([0, 2, 5, 6]))
+    argument, rows = REARRANGED[name]
+    getattr(cache, name)(argument)
+    step = model(tokens[rows], attention_mask=mask[rows], **{CACHE: cache})
+    close(step.logits, expected[rows])
+
+
+@pytest.mark.parametrize("counted", ["tokens", "columns"])
+@pytest.mark.parametrize("masked", [False, True])
+@torch.no_grad()
+def test_positions_in_the_callers_terms_or_in_the_caches(
+    model: LlavaForConditionalGeneration, counted: str, masked: bool
+) -> None:
+    """A loop may count its own prompt or what the cache holds, with or without a mask."""
+    prompts = PROMPTS if masked else [PROMPTS[0], prompt("image", [3] * 12)]
+    inputs = batch(prompts) if masked else {"input_ids": torch.tensor(prompts)}
+    pixels, mask = PIXELS[: 4 if masked else 2], inputs.get("attention_mask")
+    rows, length = inputs["input_ids"].shape
+    positions = None
+    if counted == "tokens":
+        ones = torch.ones_like(inputs["input_ids"]) if mask is None else mask
+        positions = (ones.cumsum(1) - 1).clamp(min=0)
+    first = model(**inputs, pixel_values=pixels, position_ids=positions, use_cache=True)
+    cache = first[CACHE]
+    cached = int(cache.get_seq_length())
+    assert cached < length
+    caller = torch.full((1, 1), length) if positions is None else positions[:, -1:] + 1
+    kept = iter(model.prumerge.last_lengths)
+    pictures = [ids.count(IMAGE) // PATCHES for ids in prompts]
+    gone = torch.tensor([[sum(PATCHES - next(kept) for _ in range(n))] for n in pictures])
+    for step in range(3):
+        tokens = torch.full((rows, 1), 3 + step)
+        mask = None if mask is None else torch.nn.functional.pad(mask, (0, 1), value=1)
+        given = {"input_ids": tokens, "attention_mask": mask}
+        answers = []
+        for own in (False, True):
+            place = caller + step
+            if own and positions is None:
+                place = torch.full((1, 1), cached + step)
+            elif own:
+                place = place - gone
+            again = copy.deepcopy(cache)
+            answers.append(model(**given, position_ids=place, **{CACHE: again}).logits)
+        assert torch.equal(*answers)
+        if positions is None:  # which the model counts alike by itself
+            alone = copy.deepcopy(cache)
+            assert torch.equal(model(**given, **{CACHE: alone}).logits, answers[0])
+        model(**given, position_ids=place, **{CACHE: cache})
+
+
 @torch.no_grad()
 def test_the_older_name_of_the_cache(model: LlavaForConditionalGeneration) -> None:
     """Which transformers 5.24 renamed and still takes."""
@@ -564,8 +652,11 @@ def test_the_older_name_of_the_cache(model: LlavaForConditionalGeneration) -> No
     ids = torch.cat([inputs["input_ids"], tokens, torch.tensor([[40]] * 4)], 1)
     options = {"attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 2), value=1)}
     options.update(max_new_tokens=3, do_sample=False)
+    held = copy.deepcopy(cache)
     answers = model.generate(ids, **options, **{CACHE: expected[CACHE]})
     assert torch.equal(model.generate(ids, **options, past_key_values=cache), answers)
+    if CACHE == "cache":  # which `generate` also takes by a third name
+        assert torch.equal(model.generate(ids, **options, cache_params=held), answers)
     with pytest.raises(ValueError, match=f"{CACHE}: expected an empty cache"):
         model(**inputs, past_key_values=cache)
 

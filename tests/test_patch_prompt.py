@@ -81,7 +81,14 @@ def test_against_lists(case: tuple[list[list[list[int]]], str]) -> None:
         moved = layout.positions(torch.cat([positions, later], 1))
         full = torch.cat([short_mask, torch.ones(len(rows), 3, dtype=torch.long)], 1)
         assert torch.equal(moved, (full.cumsum(1) - 1).masked_fill(full == 0, 0))
-        assert torch.equal(layout.later_positions(later), moved[:, -3:])
+        assert torch.equal(layout.later_positions(later, 0, of_caller=True), moved[:, -3:])
+        # Once it is known where the model's own went on, it shows whose these are.
+        layout = layout.placed(moved[:, : -later.shape[1]])
+        for of_caller in (True, False):
+            assert torch.equal(layout.later_positions(later, 0, of_caller), moved[:, -3:])
+            own = moved[:, -3:]
+            assert torch.equal(layout.later_positions(own, 0, of_caller), own)
+            assert torch.equal(layout.later_positions(own[:, 1:], 1, of_caller), own[:, 1:])
 
 
 def test_masked_tokens_inside_stay() -> None:
@@ -190,7 +197,8 @@ def test_later_positions_behind_padding_on_both_sides() -> None:
     for side in ("left", "right"):
         layout = shrink_prompt(ids, mask, [images([3], [1])], padding_side=side)
         short = layout.mask(mask)
-        assert torch.equal(layout.later_positions(later), short.sum(1, keepdim=True))
+        moved = layout.later_positions(later, 0, of_caller=True)
+        assert torch.equal(moved, short.sum(1, keepdim=True))
         assert torch.equal(layout.positions(positions) * short, (short.cumsum(1) - 1) * short)
 
 

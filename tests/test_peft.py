@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model
 from tiny_models import EVERYTHING, PIXELS, PROMPTS, batch, tiny_llava
 from transformers import LlavaForConditionalGeneration
 
 from prumerge_fast.config import PruMergeConfig
+from prumerge_fast.errors import UnsupportedModelError
 from prumerge_fast.patching import is_patched, patch, patched, unpatch
 from prumerge_fast.vision import encode
 
@@ -92,6 +93,16 @@ def test_through_the_wrapper_of_several_kinds() -> None:
     torch.testing.assert_close(logits(wrapped), logits(patch(tiny_llava(), keep=3)))
     assert wrapped.prumerge.last_lengths == (4,) * 4
     assert not is_patched(unpatch(wrapped))
+
+
+def test_prompt_learning_is_refused() -> None:
+    """Its tokens stand in front of prompts whose layout they would shift."""
+    config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3)
+    with pytest.raises(UnsupportedModelError, match="such as LoRA, got PromptTuningConfig"):
+        patch(get_peft_model(tiny_llava(), config))
+    wrapped = get_peft_model(patch(tiny_llava()), config)
+    with pytest.raises(UnsupportedModelError, match="such as LoRA, got PromptTuningConfig"):
+        wrapped.generate(**INPUTS, max_new_tokens=2)
 
 
 def test_a_tower_that_is_trained_as_a_whole() -> None:

@@ -13,9 +13,6 @@ from torch import Tensor
 
 from prumerge_fast.config import PruMergeConfig
 
-PLACEHOLDERS_ATTRIBUTE = "_prumerge_placeholders"
-"""On encoded images: how many placeholders each had before it was pruned."""
-
 
 @dataclass(frozen=True, eq=False)
 class ImageTokens:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from prumerge_fast.adapters.base import PLACEHOLDERS_ATTRIBUTE, Adapter, ImageTokens
+from prumerge_fast.adapters.base import Adapter, ImageTokens
 from prumerge_fast.config import PruMergeConfig
 from prumerge_fast.dispatch import prune_merge
 from prumerge_fast.errors import UnsupportedModelError
@@ -150,13 +150,12 @@ def _has_pixels(images: Mapping[str, Any], argument: str) -> bool:
 def _encoded(images: Mapping[str, Any], modality: str) -> ImageTokens | None:
     """What `get_image_features` or `get_video_features` returned before, patched or not."""
     output = (images.get("mm_encoder_outputs") or {}).get(modality)
-    if output is None:
+    if output is None or not len(output.pooler_output):
         return None
     features = [feature.flatten(0, -2) for feature in output.pooler_output]  # [m, D] each
     lengths = [len(feature) for feature in features]
-    return ImageTokens(
-        torch.cat(features), lengths, getattr(output, PLACEHOLDERS_ATTRIBUTE, lengths)
-    )
+    # Features that a plain model encoded have as many tokens as placeholders.
+    return ImageTokens(torch.cat(features), lengths, getattr(output, "placeholders", lengths))
 
 
 def _check_strategy(strategy: object) -> None:

@@ -7,7 +7,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
-from prumerge_fast.adapters.base import PLACEHOLDERS_ATTRIBUTE
 from prumerge_fast.cli import report
 from prumerge_fast.cli.inputs import InputError, Item, items_from_demo, items_from_jsonl
 from prumerge_fast.cli.models import Loaded, load
 from prumerge_fast.cli.prompts import prepare
+from prumerge_fast.encoder_output import PrunedFeatures
 from prumerge_fast.evaluation import metrics
 from prumerge_fast.evaluation.policies import (
     ABLATION,
@@ -259,8 +258,9 @@ def generate(loaded: Loaded, inputs: Any, reduced: list[Tensor], max_new_tokens:
     lengths = [len(rows) for rows in reduced]
     features = loaded.model.model.multi_modal_projector(torch.cat(reduced))  # [sum of m, D]
     # A patched model takes images that are encoded already, as many tokens of each as there are.
-    image = SimpleNamespace(pooler_output=features.split(lengths))
-    setattr(image, PLACEHOLDERS_ATTRIBUTE, [loaded.patches] * len(lengths))
+    image = PrunedFeatures(
+        pooler_output=list(features.split(lengths)), placeholders=[loaded.patches] * len(lengths)
+    )
     with patched(loaded.model):
         sequences = loaded.model.generate(
             **inputs,

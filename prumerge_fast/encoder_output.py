@@ -1,0 +1,31 @@
+"""What `get_image_features` and `get_video_features` of a patched model return in transformers 5.
+
+Apart, because it imports transformers, which this package does only when a model is there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+
+@dataclass
+class PrunedFeatures(BaseModelOutputWithPooling):
+    """The reduced, projected tokens of n images or videos; nothing else of the encoder is kept.
+
+    Args:
+        pooler_output: [m, D] of each.
+        placeholders: How many placeholder tokens each has in the caller's prompt: a field, so that
+            it goes wherever the features go, through hooks and copies, until they come back as
+            `mm_encoder_outputs`.
+    """
+
+    pooler_output: list[Tensor] | None = None  # type: ignore[assignment]
+    placeholders: list[int] | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """As the plain model's, without `placeholders`."""
+        return tuple(self[name] for name in self.keys() if name != "placeholders")
