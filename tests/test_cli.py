@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -532,3 +533,47 @@ def test_module_entry_point(tmp_path):
     assert (
         done.stderr == "prumerge-fast: IMAGE: expected demo:INDEX with INDEX >= 0, got 'demo:x'\n"
     )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("command", ["doctor", "cost"])
+def test_a_full_disk_is_one_line(command):
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            [sys.executable, "-m", "prumerge_fast", command, "--json"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert process.returncode == 2
+    assert process.stderr.startswith("prumerge-fast: expected room for what is written, got ")
+    assert process.stderr.count("\n") == 1
+
+
+BROKEN = {
+    "vision_config": [3, [1], {"hidden_size": 0}, {"hidden_size": 64.5}, {"hidden_size": "64"}],
+    "text_config": [[1], "llama", {"hidden_size": -64}, {"num_attention_heads": 0}],
+    "vision_feature_layer": [None, "last", 99],
+    "architectures": [3, [None], "Llava"],
+    "model_type": [7, None],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name, values in BROKEN.items() for value in values]
+    + [("vision_config", {"patch_size": 0}), ("vision_config", {"image_size": 3})]
+    + [("vision_config", {"image_size": [30, 30]}), ("text_config", {"vocab_size": None})],
+)
+def test_broken_configurations_are_one_line(folder, tmp_path, capsys, name, value):
+    shutil.copytree(folder, tmp_path / "broken")
+    path = tmp_path / "broken" / "config.json"
+    config = json.loads(path.read_text())
+    if isinstance(value, dict):
+        value = {**config[name], **value}
+    path.write_text(json.dumps({**config, name: value}))
+    for command in (["cost"], ["show", "demo:0", "-o", tmp_path / "out.png"]):
+        assert re.search(
+            f"broken|{name}: expected", refusal(capsys, *command, "--model", tmp_path / "broken")
+        )

@@ -208,7 +208,9 @@ def test_published_figures_are_given_back():
 )
 def test_accounting_gives_another_papers_table_back(visual, operations, memory):
     figures = Accounting(cost.LLAVA_1_5_7B.decoder, visual + 30, "FP16").figures
-    assert figures["operations"] == pytest.approx(operations, abs=0.1)  # printed 2.2 is 2.27
+    # To the digit printed, but for 2.2, where it is 2.27.
+    expected = 2.27 if operations == 2.2 else operations
+    assert figures["operations"] == pytest.approx(expected, abs=0.05)
     assert figures["memory"] == pytest.approx(memory, abs=0.06)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import importlib.util
 import io
 import json
@@ -137,6 +138,26 @@ def test_html_comes_beside_the_tables(tmp_path, capsys):
         assert {row.label.strip(), *row.cells} <= {*text}
     assert {answer["question"] for answer in result["answers"]} <= {*text}
     assert result["versions"]["torch"] in " ".join(text)
+
+
+@pytest.mark.parametrize("old", ["an old page", None])
+def test_a_page_that_does_not_fit_loses_nothing(old, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "page.html"
+    if old is not None:
+        path.write_text(old)
+
+    def full(self, *_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        arguments = ["compare", "--count", "2", "--json", "--html", str(path)]
+        assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["questions"] == 2
+    assert captured.err.startswith("prumerge-fast: --html: expected room for the page, got ")
+    assert captured.err.count("\n") == 1
+    assert [(one, one.read_text()) for one in tmp_path.iterdir()] == ([(path, old)] if old else [])
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ Exit codes: 0 done, 2 bad input (one line on standard error says what is wrong),
 
 from __future__ import annotations
 
+import errno
 import io
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,9 @@ from prumerge_fast.errors import PruMergeError
 
 if TYPE_CHECKING:
     from prumerge_fast.config import PruMergeConfig
+
+# `EDQUOT`, a quota used up, is not on Windows.
+_NO_ROOM = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 app = typer.Typer(
     name="prumerge-fast",
@@ -437,6 +441,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     usage_error: Any = typer.BadParameter.__base__
     try:
         code = app(arguments, prog_name="prumerge-fast", standalone_mode=False, obj=arguments)
+        sys.stdout.flush()
     except (typer.Abort, KeyboardInterrupt):
         return 130
     except usage_error as error:
@@ -444,6 +449,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PruMergeError as error:
         return _fail(str(error))
     except OSError as error:
+        if error.errno in _NO_ROOM:  # which names no file
+            return _fail(f"expected room for what is written, got {error}")
         if error.filename is None:  # no file's: what went wrong is in the traceback
             raise
         return _fail(f"expected a file that can be read or written, got {error}")

@@ -105,27 +105,39 @@ def run(options: CompareOptions) -> None:
             for policy in policies
         }
         result = _as_json(options, loaded, backend, policies, results)
+        _print(options, loaded, policies, results, result)
         if html is not None:
             images = {item.image: item.load for item in items}
             pictures = page.panels(
                 loaded, result, lambda name: images[name](), backend=options.backend
             )
             page.write(html, page.render(result, pictures))
+    if options.html is not None and not options.as_json:
+        report.console().print(f"{options.html}: the same as a page, with pictures", soft_wrap=True)
+
+
+def _print(
+    options: CompareOptions,
+    loaded: Loaded,
+    policies: Sequence[_Policy],
+    results: dict[str, dict[str, Any]],
+    result: dict[str, Any],
+) -> None:
+    """Shows the results, before anything else can go wrong."""
     if options.as_json:
         report.print_json(result)
         return
     console = report.console()
+    items = policies[0].answers
     if len(items) <= MOST_ANSWERS_SHOWN:
         console.print(report.answers_table({p.name: p.answers for p in policies}))
     console.print(
         f"{loaded.name}: {len(items)} questions, {_dtype_name(loaded)}"
         f"{f', language model in {options.bits} bits' if options.bits else ''} on {loaded.device}, "
-        f"batches of {options.batch_size}, backend {backend}"
+        f"batches of {options.batch_size}, backend {result['settings']['backend']}"
     )
     console.print(report.comparison_table(results))
     console.print("Times: median per question; total is all of generate().")
-    if options.html is not None:
-        console.print(f"{options.html}: the same as a page, with pictures", soft_wrap=True)
 
 
 def accuracy(

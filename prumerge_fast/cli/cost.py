@@ -10,6 +10,7 @@ from rich.table import Table
 from prumerge_fast import cost
 from prumerge_fast.cli import report
 from prumerge_fast.cli.inputs import InputError
+from prumerge_fast.cli.models import read_config
 from prumerge_fast.config import PruMergeConfig
 from prumerge_fast.cost.published import PAPERS_KEEP
 from prumerge_fast.errors import UnsupportedModelError
@@ -109,18 +110,10 @@ def _estimates(options: CostOptions, shape: cost.LlavaShape) -> Policies:
 def _shape(model: str) -> cost.LlavaShape:
     if model in BUILT_IN:
         return BUILT_IN[model]
-    from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    try:
-        config = AutoConfig.from_pretrained(model)
-    # OSError: absent, or the hub is unreachable; ValueError: not a model that transformers knows.
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"--model: expected {', '.join(BUILT_IN)}, or a folder or a hub name of a LLaVA, "
-            f"got {model} ({error})"
-        ) from None
+    config = read_config(model, f"{', '.join(BUILT_IN)}, or a folder or a hub name of a LLaVA")
     try:
         return cost.shape_of(config, model)
     except UnsupportedModelError as error:

@@ -17,6 +17,16 @@ from prumerge_fast.config import PruMergeConfig
 from prumerge_fast.quantisation import quantisation_config
 
 _ARCHITECTURE = "LlavaForConditionalGeneration"  # what the stages are timed on
+_SIZES = (
+    "hidden_size",
+    "image_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_channels",
+    "num_hidden_layers",
+    "patch_size",
+    "vocab_size",
+)
 
 
 @dataclass(frozen=True)
@@ -64,8 +74,7 @@ def load(
         UnsupportedModelError: PruMerge cannot work on this model of a supported family.
     """
     from huggingface_hub.utils import logging as hub_logging
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging as transformers_logging
 
     # Standard error is for our own messages and, on a terminal, for the progress of downloads.
@@ -79,13 +88,13 @@ def load(
         print(f"loading {source}", file=sys.stderr)
     else:
         transformers_logging.disable_progress_bar()
+    config = read_config(source, "a folder or a hub name of a LLaVA")
+    if _ARCHITECTURE not in (config.architectures or ()):
+        raise InputError(
+            f"--model: expected a {_ARCHITECTURE}, got "
+            f"{' '.join(config.architectures or [config.model_type])} in {source}"
+        )
     try:
-        config = AutoConfig.from_pretrained(source)
-        if _ARCHITECTURE not in (config.architectures or ()):
-            raise InputError(
-                f"--model: expected a {_ARCHITECTURE}, got "
-                f"{' '.join(config.architectures or [config.model_type])} in {source}"
-            )
         processor = AutoProcessor.from_pretrained(source)
         found: Any = AutoModelForImageTextToText.from_pretrained(
             source,
@@ -95,11 +104,10 @@ def load(
         )
     except InputError:
         raise
-    # OSError: absent, or the hub is unreachable; ValueError: not a model that transformers knows;
-    # RuntimeError: weights that do not fit the config.
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # files that are absent, broken or do not fit each other raise any
         raise InputError(
-            f"--model: expected a folder or a hub name of a LLaVA, got {source} ({error})"
+            f"--model: expected a folder or a hub name of a LLaVA, got {source} "
+            f"({type(error).__name__}: {error})"
         ) from None
     llava, loading = found
     if loading["missing_keys"]:  # transformers would only have warned, and made up weights
@@ -118,6 +126,42 @@ def load(
     return Loaded(
         llava.eval(), processor, name, target, precision, patches, conv_template, image_aspect_ratio
     )
+
+
+def read_config(source: str, expected: str) -> Any:
+    """The configuration in a folder or on the hub, with sizes that can be sizes.
+
+    Raises:
+        InputError: There is none, or it is broken; `expected` says what was.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except Exception as error:  # what values of the wrong kind raise depends on where they are
+        raise InputError(
+            f"--model: expected {expected}, got {source} ({type(error).__name__}: {error})"
+        ) from None
+    architectures = config.architectures or []
+    if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
+        raise InputError(
+            f"--model {source}: architectures: expected a list of names, got {architectures!r}"
+        )
+    for part in ("vision_config", "text_config"):
+        for name in _SIZES:
+            size = getattr(getattr(config, part, None), name, 1)
+            if not isinstance(size, int) or size < 1:
+                raise InputError(
+                    f"--model {source}: {part}.{name}: expected a whole number >= 1, got {size!r}"
+                )
+    vision = getattr(config, "vision_config", None)
+    image, patch = (getattr(vision, name, 1) for name in ("image_size", "patch_size"))
+    if image < patch:
+        raise InputError(
+            f"--model {source}: vision_config.image_size: expected at least patch_size, {patch}, "
+            f"got {image}"
+        )
+    return config
 
 
 def resolve_device(device: str) -> torch.device:

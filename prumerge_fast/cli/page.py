@@ -65,9 +65,20 @@ def writable(path: Path) -> Iterator[TextIO]:
 
 
 def write(file: TextIO, content: str) -> None:
-    """Puts a page in the place of what the file holds."""
-    file.truncate(0)
-    file.write(content)
+    """Puts a page in the place of what the file holds, whole or not at all.
+
+    Raises:
+        InputError: There is no room for it.
+    """
+    path = Path(file.name).resolve()
+    part = path.with_name(f"{path.name}.part")
+    file.close()  # or Windows would not replace it
+    try:
+        part.write_text(content, encoding="utf-8", errors="replace")
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise InputError(f"--html: expected room for the page, got {error}") from None
 
 
 def panels(
