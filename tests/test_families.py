@@ -388,9 +388,18 @@ def test_offloaded(family: Family, model: Any) -> None:
 @torch.no_grad()
 def test_compiled(family: Family, model: Any) -> None:
     inputs = family.inputs(family.prompts())
-    expected = patch(model, keep=4)(**inputs).logits
+    expected = patch(model, keep=4)(**inputs, use_cache=True)
+    step = {"input_ids": torch.full((len(inputs["input_ids"]), 1), 7)}
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
     torch.compiler.reset()
-    close(torch.compile(model, backend="eager")(**inputs).logits, expected)
+    compiled = torch.compile(model, backend="eager")
+    first = compiled(**inputs, use_cache=True)
+    close(first.logits, expected.logits)
+    later = [
+        run(**step, attention_mask=mask, **{CACHE: outputs[CACHE]}).logits
+        for run, outputs in ((model, expected), (compiled, first))
+    ]
+    close(*later)
 
 
 @torch.no_grad()
