@@ -1,7 +1,11 @@
-"""A test that stands for a cell of the table of supported models must run, not be skipped."""
+"""A test that stands for a cell of the table of supported models must run, not be skipped.
+
+Processes that share the machine (`pytest -n`) share its cores.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Generator
 from pathlib import Path
@@ -10,6 +14,14 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 import support_table
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    if workers > 1:
+        import torch
+
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
 def is_cell(node_id: str) -> bool:
