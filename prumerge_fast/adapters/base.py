@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -75,26 +74,6 @@ class Adapter(BaseAdapter):
 
     pixels: ClassVar[dict[str, str]] = {"image": "pixel_values"}
     """For each modality of the family, the argument that holds its pixels."""
-
-    def overrides(self, model_class: type) -> Mapping[str, Override]:
-        from prumerge_fast import forward, generation  # they import this module
-
-        features: dict[str, Override] = {
-            f"get_{modality}_features": functools.partial(forward.get_features, modality)
-            for modality in self.pixels
-            if hasattr(model_class, f"get_{modality}_features")
-        }
-        return {
-            **features,
-            "forward": forward.forward,
-            "generate": torch.no_grad()(generation.generate),
-            "_get_logits_processor": lambda model, adapter, original, args, kwargs: (
-                generation.logits_processors(original, *args, **kwargs)
-            ),
-            "_get_stopping_criteria": lambda model, adapter, original, args, kwargs: (
-                generation.stopping_criteria(original, *args, **kwargs)
-            ),
-        }
 
     @abstractmethod
     def placeholder_id(self, model: Any, modality: str) -> int:

@@ -5,13 +5,15 @@ What the other families of transformers share with it is here as well; they over
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from prumerge_fast.adapters.base import Adapter, ImageTokens
+from prumerge_fast import forward, generation
+from prumerge_fast.adapters.base import Adapter, ImageTokens, Override
 from prumerge_fast.config import PruMergeConfig
 from prumerge_fast.dispatch import prune_merge
 from prumerge_fast.errors import UnsupportedModelError
@@ -30,6 +32,24 @@ class LlavaAdapter(Adapter):
         "image_sizes",
         "mm_encoder_outputs",
     )
+
+    def overrides(self, model_class: type) -> Mapping[str, Override]:
+        features: dict[str, Override] = {
+            f"get_{modality}_features": functools.partial(forward.get_features, modality)
+            for modality in self.pixels
+            if hasattr(model_class, f"get_{modality}_features")
+        }
+        return {
+            **features,
+            "forward": forward.forward,
+            "generate": torch.no_grad()(generation.generate),
+            "_get_logits_processor": lambda model, adapter, original, args, kwargs: (
+                generation.logits_processors(original, *args, **kwargs)
+            ),
+            "_get_stopping_criteria": lambda model, adapter, original, args, kwargs: (
+                generation.stopping_criteria(original, *args, **kwargs)
+            ),
+        }
 
     def tower(self, model: Any, modality: str) -> Any:
         """The vision tower of a modality."""
