@@ -18,13 +18,13 @@ class PrunedFeatures(BaseModelOutputWithPooling):
 
     Args:
         pooler_output: [m, D] of each.
-        placeholders: How many placeholder tokens each has in the caller's prompt: a field, so that
-            it goes wherever the features go, through hooks and copies, until they come back as
-            `mm_encoder_outputs`.
+        placeholders: [n] int64, how many placeholder tokens each has in the caller's prompt: a
+            field and a tensor, so that it goes wherever the features go, through hooks and copies,
+            until they come back as `mm_encoder_outputs`.
     """
 
     pooler_output: list[Tensor] | None = None  # type: ignore[assignment]
-    placeholders: list[int] | None = None
+    placeholders: Tensor | None = None
 
     def to_tuple(self) -> tuple[Any, ...]:
         """As the plain model's, without `placeholders`."""

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from prumerge_fast.adapters.base import Adapter, ImageTokens
+from prumerge_fast.cache_layout import remember_layout, remembered_layout
 from prumerge_fast.prompt import (
     IGNORED_LABEL,
     Placeholders,
     PromptLayout,
     padding_of,
-    remember_layout,
-    remembered_layout,
     shrink_prompt,
 )
 from prumerge_fast.versions import (
@@ -249,7 +248,7 @@ def check_no_placeholders(
     for modality, pixels in adapter.pixels.items():
         encoded = (images.get("mm_encoder_outputs") or {}).get(modality)
         given = {pixels: images.get(pixels)}
-        given["mm_encoder_outputs"] = None if encoded is None else encoded.pooler_output
+        given["mm_encoder_outputs"] = getattr(encoded, "pooler_output", None)
         empty = [name for name, value in given.items() if value is not None and not len(value)]
         if not empty:
             continue
@@ -307,7 +306,12 @@ def _forward_with_images(
         model, adapter, layout, input_ids, attention_mask, encoded
     )
     arguments["attention_mask"] = layout.mask(attention_mask)
+    positions = arguments.get("position_ids")
     shrink_per_token(arguments, layout, input_ids)
+    if positions is None:
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # [1, L]
+        arguments["position_ids"] = layout.columns().to(arguments["inputs_embeds"].device)
+    layout = layout.placed(positions)
     arguments.pop("cache_position", None)  # 0 .. L-1; the model counts the shrunk prompt itself
 
     return_dict = _returns_dict(model, arguments)
@@ -316,7 +320,7 @@ def _forward_with_images(
         set_visual_outputs(outputs, modality, tokens.features, _features_output(tokens, True))
     cache = cache_of(outputs)
     if cache is not None:
-        remember_layout(cache, layout.placed(arguments.get("position_ids")))
+        remember_layout(cache, layout)
     return outputs if return_dict else outputs.to_tuple()
 
 
@@ -351,8 +355,9 @@ def _continue_prompt(arguments: dict[str, Any], layout: PromptLayout) -> None:
             f"attention_mask: expected [{rows}, {callers_length}], as the prompt was passed, or "
             f"[{rows}, {cached + steps}], as it was pruned, got {list(mask.shape)}"
         )
-    if arguments.get("position_ids") is not None:
-        arguments["position_ids"] = layout.later_positions(
-            arguments["position_ids"], cached - layout.shrunk_length, not counts_shrunk_prompt
-        )
+    positions = arguments.get("position_ids")
+    if positions is None:  # the caller's columns
+        positions = torch.arange(callers_length - steps, callers_length, device=new.device)[None]
+        counts_shrunk_prompt = False
+    arguments["position_ids"] = layout.later_positions(positions, cached, not counts_shrunk_prompt)
     arguments.pop("cache_position", None)  # counts the caller's prompt; the model knows its cache

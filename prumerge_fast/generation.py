@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from prumerge_fast.adapters.base import Adapter
+from prumerge_fast.cache_layout import forget_layout, remember_layout, remembered_layout
 from prumerge_fast.forward import (
     check_cache_is_empty,
     check_no_placeholders,
@@ -27,12 +28,7 @@ from prumerge_fast.forward import (
     take_images,
 )
 from prumerge_fast.peft_wrapper import check_adapters
-from prumerge_fast.prompt import (
-    PromptLayout,
-    forget_layout,
-    remember_layout,
-    remembered_layout,
-)
+from prumerge_fast.prompt import PromptLayout
 from prumerge_fast.versions import cache_argument, cache_of, is_default_length, set_length
 
 # Made by `generate` itself, these look at positions only, and count the shrunk prompt.
@@ -199,7 +195,11 @@ def _generate_behind(
 ) -> Any:
     """Decode behind the shrunk prompt and hand back what the caller expects."""
     _shift_lengths(model, arguments, options, layout.removed, input_ids.shape[1])
+    positions = arguments.get("position_ids")
+    if positions is None:  # as `generate` counts them
+        positions = attention_mask.cumsum(1) - 1  # [B, L + g]
     shrink_per_token(arguments, layout, input_ids)
+    layout = layout.placed(positions)
     shrunk_ids = layout.ids(input_ids, attention_mask)
     prompt = CallersPrompt(input_ids, attention_mask, shrunk_ids.shape[1])
     arguments["input_ids"] = shrunk_ids
@@ -208,10 +208,6 @@ def _generate_behind(
         arguments[name] = WithCallersPrompt(arguments.get(name), prompt)
     if arguments.get("streamer") is not None:
         arguments["streamer"] = _RestoredStreamer(arguments["streamer"], prompt)
-    positions = arguments.get("position_ids")
-    if positions is None:  # as `generate` counts them
-        positions = arguments["attention_mask"].cumsum(1) - 1  # [B, S + g]
-    layout = layout.placed(positions)
     cache = cache_of(arguments)
     forget_layout(cache)  # until `generate` is through: it counts what the cache holds
     try:

@@ -22,6 +22,7 @@ from prumerge_fast.adapters.base import Override
 from prumerge_fast.config import PruMergeConfig
 from prumerge_fast.dispatch import resolve_backend
 from prumerge_fast.errors import UnsupportedModelError
+from prumerge_fast.instance_class import instance_class
 from prumerge_fast.peft_wrapper import check_adapters, without_peft
 
 Model = TypeVar("Model")
@@ -180,20 +181,12 @@ def _patched_class(base: Any) -> Any:
         self.__class__ = base
         self.__init__(*args, **kwargs)
 
-    def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        # The subclass has no importable name; pickles and copies are rebuilt from `base`.
-        _, _, *state = super(subclass, self).__reduce_ex__(protocol)
-        return _new_patched, (base,), *state
-
-    names = ("__module__", "__qualname__", "__doc__")
     namespace = {
-        **{name: getattr(base, name) for name in names},
         **{name: overriding(name, override) for name, override in adapter.overrides(base).items()},
         "__init__": __init__,
-        "__reduce_ex__": __reduce_ex__,
         "_prumerge_base": base,
     }
-    subclass: Any = type(base.__name__, (base,), namespace)
+    subclass = instance_class(base, namespace, _new_patched)
     return subclass
 
 

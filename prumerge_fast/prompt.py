@@ -7,8 +7,7 @@ cache so that later steps may go on in the caller's terms.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -18,10 +17,6 @@ from torch import Tensor
 from prumerge_fast.versions import cache_argument
 
 IGNORED_LABEL = -100  # what transformers' losses skip
-_CACHE_ATTRIBUTE = "_prumerge_layout"
-# Methods of a KV cache that rearrange its sequences.
-_REPEAT = "batch_repeat_interleave"
-_ROW_METHODS = ("reorder_cache", "batch_select_indices", _REPEAT)
 
 
 class Placeholders(NamedTuple):
@@ -47,15 +42,16 @@ class PromptLayout:
     Args:
         source: [B, S] int64, the caller's column that each position comes from; -1 for padding.
         length: Number of columns L of the caller's prompt. Later tokens correspond one to one.
-        gone: [B, 1] int64, by how much positions behind the prompt are less than the caller's: the
-            tokens that each prompt lost, padding apart.
-        next_position: [B, 1] int64, the model's position of the first token behind the prompt, once
-            `placed`.
+        gone: [B, 1] int64, tokens that each prompt lost, padding apart.
+        last: [B, 1] int64, the caller's column of each prompt's last token.
+        next_position: [B, 1] int64, the model's position of the first token behind the prompt, and
+            the caller's, which is greater by the tokens gone, once `placed`.
     """
 
     source: Tensor
     length: int
     gone: Tensor
+    last: Tensor
     next_position: Tensor | None = None
 
     @property
@@ -81,29 +77,47 @@ class PromptLayout:
             raise ValueError(
                 f"{cache_argument()}: expected a cache of {rows} sequences, got one of {batch}"
             )
-        return self.rows(torch.arange(batch).repeat_interleave(rows // batch))
+        return self.repeated(rows // batch)
 
-    def rows(self, index: Tensor) -> PromptLayout:
-        """The layout of these of the B sequences, as an index [b] or a mask [B]."""
-        tensors: dict[str, Any] = {
-            name: tensor[index.to(tensor.device)]
-            for name, tensor in vars(self).items()
-            if isinstance(tensor, Tensor)
-        }
-        return replace(self, **tensors)
+    def rows(self, index: Any) -> PromptLayout:
+        """The layout of these of the B sequences: an index [b], a mask [B], a slice."""
 
-    def placed(self, position_ids: Tensor | None) -> PromptLayout:
-        """The layout of a prompt that the model ran with positions [B or 1, S + g].
+        def chosen(tensor: Tensor) -> Tensor:
+            return tensor[index.to(tensor.device) if isinstance(index, Tensor) else index]
 
-        Without any, `forward` numbers the columns, padding among them, here and for the caller.
+        return self._with_each(chosen)
+
+    def repeated(self, times: int) -> PromptLayout:
+        """The layout of each sequence so many times, one after another."""
+        return self._with_each(lambda tensor: tensor.repeat_interleave(times, 0))
+
+    def _with_each(self, change: Callable[[Tensor], Tensor]) -> PromptLayout:
+        following = None if self.next_position is None else change(self.next_position)
+        source, gone, last = map(change, (self.source, self.gone, self.last))
+        return replace(self, source=source, gone=gone, last=last, next_position=following)
+
+    def placed(self, position_ids: Tensor) -> PromptLayout:
+        """The layout of a prompt to which the caller gave positions [B or 1, L + g]."""
+        position_ids = position_ids[:, : self.length]
+        columns = torch.arange(self.shrunk_length, device=self.source.device)
+        last = columns.where(self.source >= 0, -1).argmax(1, keepdim=True)  # [B, 1]
+        rows = position_ids.expand(len(last), -1)  # [B, L]
+        following = rows.gather(1, self.last.to(position_ids.device)) + 1  # [B, 1]
+        shrunk = self.positions(position_ids).gather(1, last.to(position_ids.device)) + 1
+        return replace(self, gone=following - shrunk, next_position=shrunk)
+
+    def columns(self) -> Tensor:
+        """Positions [B, S] of a prompt whose caller gave none: its columns, without the gaps.
+
+        Padding goes on counting, as in the plain model, which numbers it too.
         """
-        if position_ids is None:
-            gone = torch.full_like(self.gone, self.removed)
-            return replace(self, gone=gone, next_position=self.shrunk_length + 0 * gone)
-        last = self.source.shape[1] - 1 - (self.source >= 0).flip(1).int().argmax(1, keepdim=True)
-        last = last.to(position_ids.device)  # [B, 1]
-        following = position_ids.expand(len(last), -1).gather(1, last) + 1
-        return replace(self, next_position=following)
+        columns = torch.arange(self.length, device=self.source.device)[None]  # [1, L]
+        positions = self.positions(columns)  # [B, S]
+        is_token = self.source >= 0
+        first = is_token.int().argmax(1, keepdim=True)  # [B, 1]
+        here = torch.arange(self.shrunk_length, device=self.source.device)  # [S]
+        counted = (positions.gather(1, first) + here - first).clamp(min=0)
+        return positions.where(is_token, counted)
 
     def ids(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """The shrunk prompt's ids [B, S + g], padded with the id that the caller padded with."""
@@ -156,18 +170,24 @@ class PromptLayout:
         shrunk = position_ids.gather(1, source.clamp(min=0)) - gone
         return shrunk.masked_fill(~is_token, 0)
 
-    def later_positions(self, position_ids: Tensor, later: int, of_caller: bool) -> Tensor:
-        """Position ids [B or 1, q] of tokens behind the prompt and `later` more, as [B, q].
+    def later_positions(self, position_ids: Tensor, cached: int, of_caller: bool) -> Tensor:
+        """Positions [B, q] of tokens behind `cached` ones, given as [B or 1, q] in any terms.
 
-        Positions that go on from the caller's go without the tokens gone; those that go on from
-        the model's, as when a loop counts what the cache holds, stay. Of others, `of_caller` says
-        which they are.
+        They may go on from the caller's prompt, from the model's positions, or from the number of
+        columns that the cache holds. Of others, `of_caller` says whether the tokens gone count.
         """
         gone = self.gone.to(position_ids.device)  # [B, 1]
-        if self.next_position is not None:
-            ahead = position_ids[:, :1] - self.next_position.to(position_ids.device) - later
-            of_caller = bool((ahead == gone).all()) or (of_caller and bool(ahead.any()))
-        return position_ids - gone if of_caller else position_ids.expand(len(gone), -1)
+        following = self.next_position  # [B, 1]
+        if following is None:
+            return position_ids - gone if of_caller else position_ids.expand(len(gone), -1)
+        following = following.to(position_ids.device) + cached - self.shrunk_length
+        first = position_ids[:, :1]
+        # On the device, so that nothing waits for it.
+        goes_on = (
+            (first == following).all() | (first == following + gone).all() | (first == cached).all()
+        )
+        shift = torch.where(goes_on, first - following, gone if of_caller else 0 * gone)
+        return position_ids - shift
 
 
 def shrink_prompt(
@@ -226,7 +246,8 @@ def shrink_prompt(
     source = torch.full(filled.shape, -1)
     source[filled] = columns.flatten().repeat_interleave(repeats.flatten())
     gone = (inside.sum(1) - counts)[:, None]  # [B, 1]
-    return PromptLayout(source.to(input_ids.device), input_ids.shape[1], gone)
+    last = columns.where(inside, -1).argmax(1, keepdim=True)  # [B, 1]
+    return PromptLayout(source.to(input_ids.device), input_ids.shape[1], gone, last)
 
 
 def padding_of(attention_mask: Tensor | None) -> tuple[Literal["left", "right"], int]:
@@ -242,57 +263,6 @@ def padding_of(attention_mask: Tensor | None) -> tuple[Literal["left", "right"],
     if trailing and bool(real[:, 0].all()):
         return "right", 0
     return "left", trailing
-
-
-def remember_layout(cache: Any, layout: PromptLayout) -> None:
-    """Note on a KV cache that it holds the shrunk form of the caller's prompt.
-
-    Where its sequences are rearranged, the layout's are too.
-    """
-    setattr(cache, _CACHE_ATTRIBUTE, layout)
-    for name in _ROW_METHODS:
-        if hasattr(type(cache), name):
-            setattr(cache, name, functools.partial(_rearrange, cache, name))
-
-
-def forget_layout(cache: Any) -> None:
-    """Make later steps take the cache's prompt as it is."""
-    for name in (_CACHE_ATTRIBUTE, *_ROW_METHODS):
-        if name in getattr(cache, "__dict__", ()):
-            delattr(cache, name)
-
-
-def _rearrange(cache: Any, name: str, *args: Any, **kwargs: Any) -> None:
-    """A cache's own method, which takes the rows or how often to repeat each, and its layout."""
-    held = cache.layers[0].keys.shape[0]
-    getattr(type(cache), name)(cache, *args, **kwargs)
-    (rows,) = (*args, *kwargs.values())
-    if name == _REPEAT:
-        rows = torch.arange(held).repeat_interleave(rows)
-    layout = getattr(cache, _CACHE_ATTRIBUTE).for_rows(held)
-    setattr(cache, _CACHE_ATTRIBUTE, layout.rows(torch.as_tensor(rows)))
-
-
-def remembered_layout(cache: Any) -> PromptLayout | None:
-    """The layout of the prompt in a KV cache; `None` if it holds none that was shrunk.
-
-    Raises:
-        ValueError: The cache holds less than the prompt, after it was cropped. (A static cache of
-            transformers 4 miscounts itself where the first sequence has padding.)
-    """
-    layout = getattr(cache, _CACHE_ATTRIBUTE, None)
-    if layout is None:
-        return None
-    cached = int(cache.get_seq_length())
-    if cached == 0:  # reset, to be used for another prompt
-        forget_layout(cache)
-        return None
-    if cached < layout.shrunk_length:
-        raise ValueError(
-            f"{cache_argument()}: expected a cache that holds the whole prompt, "
-            f"{layout.shrunk_length} tokens after pruning, got one of length {cached}"
-        )
-    return layout
 
 
 def _copies(placeholders: Placeholders) -> Tensor:

@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -49,7 +50,9 @@ def image_features_output(
         return features
     from prumerge_fast.encoder_output import PrunedFeatures
 
-    output = PrunedFeatures(pooler_output=features, placeholders=placeholders)
+    device = features[0].device if features else None
+    counts = torch.tensor(placeholders, dtype=torch.int64, device=device)
+    output = PrunedFeatures(pooler_output=features, placeholders=counts)
     return output if return_dict else output.to_tuple()
 
 

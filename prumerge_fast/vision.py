@@ -145,9 +145,8 @@ def _weights(tower: Any, index: int) -> ExitStack:
     transformer = clip_transformer(tower)
     reader = transformer.encoder.layers[index]
     stack = ExitStack()
-    for module in dict.fromkeys(
-        (tower, transformer, transformer.encoder, reader, reader.self_attn)
-    ):
+    around = dict.fromkeys((tower, transformer, transformer.encoder, reader, reader.self_attn))
+    for module in around:
         if hasattr(module, "_hf_hook") and _is_away(module):
             module._hf_hook.pre_forward(module)
             stack.callback(module._hf_hook.post_forward, module, None)
@@ -161,15 +160,24 @@ def _weights(tower: Any, index: int) -> ExitStack:
             "vision tower: expected weights that are there, or that accelerate brings to the tower "
             "or its parts; they are offloaded together with a module around it"
         )
-    called = (reader.layer_norm1, reader.self_attn.q_proj, projection)
-    parameters = [one for module in called for one in module.parameters()]
-    if any(type(one).__name__ == "DTensor" for one in parameters):
+    parts = (reader.layer_norm1, reader.self_attn.q_proj, projection)  # which are called
+    if any(map(_is_sharded, around)) and any(
+        type(parameter).__name__ == "DTensor"
+        for part in parts
+        if not _is_sharded(part)
+        for parameter in part.parameters()
+    ):
         stack.close()
         raise UnsupportedModelError(
             f"vision tower: expected layer {index} whole, got it sharded (FSDP): parts of it run "
             "by themselves, which do not gather it; shard the language model's layers only"
         )
     return stack
+
+
+def _is_sharded(module: Any) -> bool:
+    """Whether FSDP gathers the module's weights where the module is called."""
+    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
 
 
 def _is_away(module: Any, recurse: bool = True) -> bool:

@@ -109,3 +109,9 @@ def test_sharded_language_models(first: str) -> None:
     assert weight.grad.full_tensor().any()
     with pytest.raises(UnsupportedModelError, match="vision tower: expected layer 3 whole, got it"):
         sharded(of_tower=True)(**INPUTS)
+
+    model = patch(tiny_llava())
+    attention = clip_transformer(model.model.vision_tower).encoder.layers[3].self_attn
+    for projection in (attention.q_proj, attention.k_proj):  # which gather themselves
+        fully_shard(projection)
+    torch.testing.assert_close(model(**INPUTS).logits, expected.logits)

@@ -148,7 +148,6 @@ def test_everything_kept_equals_the_offloaded_model(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-@torch.no_grad()
 def test_what_hooks_rebuilt_comes_back_as_encoded_images(pruned: Any) -> None:
     """The outputs of `forward` from transformers 5.24 on, which accelerate takes apart."""
     model = accelerate.cpu_offload(patch(tiny_llava(), keep=5), CPU)
@@ -159,6 +158,7 @@ def test_what_hooks_rebuilt_comes_back_as_encoded_images(pruned: Any) -> None:
         torch.testing.assert_close(again.logits, pruned[0])
 
 
+@torch.no_grad()
 def test_mixed_precision_and_back(plain: Any, pruned: Any) -> None:
     model = patch(tiny_llava(), keep=5)
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")

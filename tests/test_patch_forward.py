@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from typing import Any
 
@@ -425,6 +426,13 @@ def test_encoded_images(model: LlavaForConditionalGeneration) -> None:
     again = pickle.loads(pickle.dumps(encoded))
     assert torch.equal(model(**inputs, mm_encoder_outputs=again).logits, expected)
 
+    for other, message in (
+        (model.get_image_features(PIXELS, return_dict=False), "expected an output .* got tuple"),
+        (dataclasses.replace(encoded["image"], pooler_output=[PIXELS[0, 0]]), "each of 1 images"),
+    ):
+        with pytest.raises(ValueError, match=f"mm_encoder_outputs: .*{message}"):
+            model(**inputs, mm_encoder_outputs={"image": other})
+
     none = {"image": model.get_image_features(PIXELS[:0])}
     text = {"input_ids": torch.tensor([PROMPTS[3]])}
     assert torch.equal(model(**text, mm_encoder_outputs=none).logits, model(**text).logits)
@@ -565,35 +573,6 @@ def test_a_step_in_other_terms(model: LlavaForConditionalGeneration) -> None:
     ):
         cache = copy.deepcopy(first[CACHE])
         assert torch.equal(model(**step, **{CACHE: cache}).logits, expected)
-
-
-REARRANGED = {
-    "reorder_cache": (torch.tensor([2, 0, 3, 1]), [2, 0, 3, 1]),
-    "batch_select_indices": (torch.tensor([3, 1]), [3, 1]),
-    "batch_repeat_interleave": (2, [0, 0, 1, 1, 2, 2, 3, 3]),
-}
-
-
-@pytest.mark.parametrize("name", REARRANGED)
-@pytest.mark.parametrize("copied", [False, True])
-@torch.no_grad()
-def test_sequences_of_the_cache_that_are_rearranged(
-    model: LlavaForConditionalGeneration, name: str, copied: bool
-) -> None:
-    """As hand-written beam search does; twice, so that it starts from more rows than prompts."""
-    inputs = batch(PROMPTS)
-    cache = model(**inputs, pixel_values=PIXELS, use_cache=True)[CACHE]
-    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
-    tokens = torch.tensor([[3], [4], [5], [6]])
-    expected = model(tokens, attention_mask=mask, **{CACHE: copy.deepcopy(cache)}).logits
-    if copied:
-        cache = pickle.loads(pickle.dumps(copy.deepcopy(cache)))
-    cache.batch_repeat_interleave(2)
-    cache.batch_select_indices(torch.tensor([0, 2, 5, 6]))
-    argument, rows = REARRANGED[name]
-    getattr(cache, name)(argument)
-    step = model(tokens[rows], attention_mask=mask[rows], **{CACHE: cache})
-    close(step.logits, expected[rows])
 
 
 @pytest.mark.parametrize("counted", ["tokens", "columns"])

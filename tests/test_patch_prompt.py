@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,10 +10,7 @@ from hypothesis import strategies as st
 from prumerge_fast.prompt import (
     Placeholders,
     PromptLayout,
-    forget_layout,
     padding_of,
-    remember_layout,
-    remembered_layout,
     shrink_prompt,
 )
 
@@ -83,12 +78,18 @@ def test_against_lists(case: tuple[list[list[list[int]]], str]) -> None:
         assert torch.equal(moved, (full.cumsum(1) - 1).masked_fill(full == 0, 0))
         assert torch.equal(layout.later_positions(later, 0, of_caller=True), moved[:, -3:])
         # Once it is known where the model's own went on, it shows whose these are.
-        layout = layout.placed(moved[:, : -later.shape[1]])
+        layout, own = layout.placed(positions), moved[:, -3:]
+        held = torch.arange(layout.shrunk_length, layout.shrunk_length + 3)[None]
         for of_caller in (True, False):
-            assert torch.equal(layout.later_positions(later, 0, of_caller), moved[:, -3:])
-            own = moved[:, -3:]
-            assert torch.equal(layout.later_positions(own, 0, of_caller), own)
-            assert torch.equal(layout.later_positions(own[:, 1:], 1, of_caller), own[:, 1:])
+            for given in (later, own, held):  # the caller's, the model's, the cache's columns
+                for done in (0, 1):
+                    cached = layout.shrunk_length + done
+                    found = layout.later_positions(given[:, done:], cached, of_caller)
+                    assert torch.equal(found, own[:, done:])
+        other = later + 5
+        gone = later - own
+        assert torch.equal(layout.later_positions(other, shrunk, of_caller=True), other - gone)
+        assert torch.equal(layout.later_positions(other, shrunk, of_caller=False), other)
 
 
 def test_masked_tokens_inside_stay() -> None:
@@ -203,28 +204,9 @@ def test_later_positions_behind_padding_on_both_sides() -> None:
 
 
 def test_rows_that_are_repeated() -> None:
-    layout = PromptLayout(torch.tensor([[0], [1]]), 2, torch.tensor([[1], [1]]))
+    layout = PromptLayout(torch.tensor([[0], [1]]), 2, torch.ones(2, 1), torch.ones(2, 1))
     assert layout.for_rows(2) is layout
     assert layout.for_rows(4).source.tolist() == [[0], [0], [1], [1]]
     assert layout.for_rows(4).gone.shape == (4, 1)
     with pytest.raises(ValueError, match="cache of 3 sequences, got one of 2"):
         layout.for_rows(3)
-
-
-def test_layout_on_a_cache() -> None:
-    cache = SimpleNamespace(get_seq_length=lambda: cache.length, length=2)
-    layout = PromptLayout(torch.tensor([[0, 3]]), 4, torch.tensor([[2]]))
-    assert remembered_layout(cache) is None
-    remember_layout(cache, layout)
-    assert remembered_layout(cache) is layout
-    cache.length = 1
-    with pytest.raises(ValueError, match="2 tokens after pruning, got one of length 1"):
-        remembered_layout(cache)
-    cache.length = 0
-    assert remembered_layout(cache) is None
-    cache.length = 2  # of another prompt
-    assert remembered_layout(cache) is None
-    remember_layout(cache, layout)
-    forget_layout(cache)
-    forget_layout(cache)
-    assert not hasattr(cache, "_prumerge_layout")

@@ -170,12 +170,26 @@ def _has_pixels(images: Mapping[str, Any], argument: str) -> bool:
 def _encoded(images: Mapping[str, Any], modality: str) -> ImageTokens | None:
     """What `get_image_features` or `get_video_features` returned before, patched or not."""
     output = (images.get("mm_encoder_outputs") or {}).get(modality)
-    if output is None or not len(output.pooler_output):
+    if output is None:
+        return None
+    if getattr(output, "pooler_output", None) is None:
+        raise ValueError(
+            f"mm_encoder_outputs: expected an output with the {modality}s' features as its "
+            f"pooler_output, got {type(output).__name__}"
+        )
+    if not len(output.pooler_output):
         return None
     features = [feature.flatten(0, -2) for feature in output.pooler_output]  # [m, D] each
     lengths = [len(feature) for feature in features]
-    # Features that a plain model encoded have as many tokens as placeholders.
-    return ImageTokens(torch.cat(features), lengths, getattr(output, "placeholders", lengths))
+    placeholders = getattr(output, "placeholders", None)
+    if placeholders is None:  # of a plain model, as many as there are tokens
+        return ImageTokens(torch.cat(features), lengths, lengths)
+    if len(placeholders) != len(lengths):
+        raise ValueError(
+            f"mm_encoder_outputs: expected placeholders for each of {len(lengths)} {modality}s, "
+            f"got {len(placeholders)}"
+        )
+    return ImageTokens(torch.cat(features), lengths, placeholders.tolist())
 
 
 def _check_strategy(strategy: object) -> None:

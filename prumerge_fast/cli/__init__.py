@@ -8,7 +8,6 @@ Exit codes: 0 done, 2 bad input (one line on standard error says what is wrong),
 
 from __future__ import annotations
 
-import errno
 import io
 import sys
 from collections.abc import Sequence
@@ -18,13 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from prumerge_fast.cli.room import NO_ROOM
 from prumerge_fast.errors import PruMergeError
 
 if TYPE_CHECKING:
     from prumerge_fast.config import PruMergeConfig
-
-# `EDQUOT`, a quota used up, is not on Windows.
-_NO_ROOM = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 app = typer.Typer(
     name="prumerge-fast",
@@ -449,7 +446,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PruMergeError as error:
         return _fail(str(error))
     except OSError as error:
-        if error.errno in _NO_ROOM:  # which names no file
+        if error.errno in NO_ROOM:  # which names no file
             return _fail(f"expected room for what is written, got {error}")
         if error.filename is None:  # no file's: what went wrong is in the traceback
             raise

@@ -14,19 +14,11 @@ import torch
 from prumerge_fast.adapters import adapter_for
 from prumerge_fast.cli.inputs import InputError
 from prumerge_fast.config import PruMergeConfig
+from prumerge_fast.cost.shapes import check_sizes
+from prumerge_fast.errors import UnsupportedModelError
 from prumerge_fast.quantisation import quantisation_config
 
 _ARCHITECTURE = "LlavaForConditionalGeneration"  # what the stages are timed on
-_SIZES = (
-    "hidden_size",
-    "image_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_channels",
-    "num_hidden_layers",
-    "patch_size",
-    "vocab_size",
-)
 
 
 @dataclass(frozen=True)
@@ -95,6 +87,10 @@ def load(
             f"{' '.join(config.architectures or [config.model_type])} in {source}"
         )
     try:
+        check_sizes(config, "vision_config")  # of the text model, each kind has its own
+    except UnsupportedModelError as error:
+        raise InputError(f"--model {source}: {error}") from None
+    try:
         processor = AutoProcessor.from_pretrained(source)
         found: Any = AutoModelForImageTextToText.from_pretrained(
             source,
@@ -129,7 +125,7 @@ def load(
 
 
 def read_config(source: str, expected: str) -> Any:
-    """The configuration in a folder or on the hub, with sizes that can be sizes.
+    """The configuration in a folder or on the hub.
 
     Raises:
         InputError: There is none, or it is broken; `expected` says what was.
@@ -146,20 +142,6 @@ def read_config(source: str, expected: str) -> Any:
     if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
         raise InputError(
             f"--model {source}: architectures: expected a list of names, got {architectures!r}"
-        )
-    for part in ("vision_config", "text_config"):
-        for name in _SIZES:
-            size = getattr(getattr(config, part, None), name, 1)
-            if not isinstance(size, int) or size < 1:
-                raise InputError(
-                    f"--model {source}: {part}.{name}: expected a whole number >= 1, got {size!r}"
-                )
-    vision = getattr(config, "vision_config", None)
-    image, patch = (getattr(vision, name, 1) for name in ("image_size", "patch_size"))
-    if image < patch:
-        raise InputError(
-            f"--model {source}: vision_config.image_size: expected at least patch_size, {patch}, "
-            f"got {image}"
         )
     return config
 

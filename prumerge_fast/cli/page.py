@@ -22,6 +22,7 @@ from prumerge_fast.cli.chart import Point, Series, chart
 from prumerge_fast.cli.inputs import InputError
 from prumerge_fast.cli.models import Loaded
 from prumerge_fast.cli.pictures import Grid, data_uri, look
+from prumerge_fast.cli.room import NO_ROOM
 from prumerge_fast.config import PruMergeConfig
 
 MOST_QUESTIONS = 24  # with pictures; they are what makes the page large
@@ -65,7 +66,8 @@ def writable(path: Path) -> Iterator[TextIO]:
 
 
 def write(file: TextIO, content: str) -> None:
-    """Puts a page in the place of what the file holds, whole or not at all.
+    """Puts a page in the place of what the file holds: whole or not at all, where the folder takes
+    a second file.
 
     Raises:
         InputError: There is no room for it.
@@ -73,11 +75,19 @@ def write(file: TextIO, content: str) -> None:
     path = Path(file.name).resolve()
     part = path.with_name(f"{path.name}.part")
     file.close()  # or Windows would not replace it
+    options: Any = {"encoding": "utf-8", "errors": "replace"}
     try:
-        part.write_text(content, encoding="utf-8", errors="replace")
-        part.replace(path)
+        try:
+            part.write_text(content, **options)
+            part.replace(path)
+        except OSError as error:
+            if error.errno in NO_ROOM:
+                raise
+            path.write_text(content, **options)
+        finally:
+            if part.exists():
+                part.unlink()
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise InputError(f"--html: expected room for the page, got {error}") from None
 
 

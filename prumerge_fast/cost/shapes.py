@@ -14,6 +14,13 @@ _FAMILY = "LlavaForConditionalGeneration"
 _DECODERS = {"llama": (False, False), "mistral": (False, False), "qwen2": (True, False)}
 
 
+_WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
+_SIZES = {
+    "vision_config": (*_WIDTHS, "image_size", "patch_size", "num_channels"),
+    "text_config": (*_WIDTHS, "vocab_size"),
+}
+
+
 @dataclass(frozen=True)
 class TowerShape:
     """A CLIP vision tower of width C with N patches.
@@ -147,6 +154,7 @@ def shape_of(config: Any, name: str = "LLaVA") -> LlavaShape:
             "vision_feature_select_strategy: expected 'default' (patch tokens without the class "
             f"token), got {config.vision_feature_select_strategy!r}"
         )
+    check_sizes(config, "vision_config", "text_config")
     qkv_bias, output_bias = _DECODERS[text.model_type]
     attention_bias = bool(getattr(text, "attention_bias", False))
     return LlavaShape(
@@ -175,6 +183,22 @@ def shape_of(config: Any, name: str = "LLaVA") -> LlavaShape:
         ),
         bool(getattr(config, "multimodal_projector_bias", True)),
     )
+
+
+def check_sizes(config: Any, *parts: str) -> None:
+    """Raise `UnsupportedModelError` if a size in these parts of a configuration cannot be one."""
+    for part in parts:
+        for name in _SIZES[part]:
+            size = getattr(getattr(config, part), name, 1)
+            if not isinstance(size, int) or size < 1:
+                raise UnsupportedModelError(
+                    f"{part}.{name}: expected a whole number >= 1, got {size!r}"
+                )
+    image, patch = (getattr(config.vision_config, name, 1) for name in ("image_size", "patch_size"))
+    if image < patch:
+        raise UnsupportedModelError(
+            f"vision_config.image_size: expected at least patch_size, {patch}, got {image}"
+        )
 
 
 def _reading_layer(feature_layer: object, layers: int) -> int:

@@ -259,7 +259,8 @@ def generate(loaded: Loaded, inputs: Any, reduced: list[Tensor], max_new_tokens:
     features = loaded.model.model.multi_modal_projector(torch.cat(reduced))  # [sum of m, D]
     # A patched model takes images that are encoded already, as many tokens of each as there are.
     image = PrunedFeatures(
-        pooler_output=list(features.split(lengths)), placeholders=[loaded.patches] * len(lengths)
+        pooler_output=list(features.split(lengths)),
+        placeholders=torch.full((len(lengths),), loaded.patches),
     )
     with patched(loaded.model):
         sequences = loaded.model.generate(
