@@ -39,12 +39,22 @@ def test_questions_in_llavas_format(tmp_path, picture):
         "",
         {"question_id": "b", "image": "picture.png", "text": "How many?", "answer": 3},
         {"question_id": 9, "image": "picture.png", "text": "What?", "category": "free"},
+        {
+            "question_id": 10,
+            "image": "picture.png",
+            "text": "Is it?",
+            "answer": None,
+            "label": "no",
+        },
+        {"question_id": 11, "image": "picture.png", "text": "Why?", "answer": 0, "label": "no"},
     )
     items = items_from_jsonl(path, tmp_path)
     assert [(i.question_id, i.text, i.expected, i.category) for i in items] == [
         (7, "Is it dark?", "yes", None),
         ("b", "How many?", "3", None),
         (9, "What?", None, "free"),
+        (10, "Is it?", "no", None),
+        (11, "Why?", "0", None),
     ]
     assert items[0].load().getpixel((0, 0)) == (10, 20, 30)
 

@@ -1,23 +1,27 @@
 """The evaluation: its policies, its measures against closed forms, and the command."""
 
 import dataclasses
+import importlib
 import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_cli import folder, photos, refusal  # noqa: F401
 
 from prumerge_fast import PruMergeConfig, patched
-from prumerge_fast.cli import main
-from prumerge_fast.cli.inputs import items_from_demo
+from prumerge_fast.cli import main, report
+from prumerge_fast.cli.inputs import Item, items_from_demo
 from prumerge_fast.cli.models import load
 from prumerge_fast.cli.prompts import prepare
-from prumerge_fast.evaluation import metrics, policies, run
+from prumerge_fast.evaluation import fingerprint, metrics, policies, run, stored
 
 BUDGET = 16
 
@@ -172,6 +176,23 @@ def test_intervals_are_of_images_and_paired():
     assert high - low < 0.05
 
 
+def test_parts_of_a_measure_share_resamples():
+    measure = metrics.Measure(np.asarray([[1.0, 0, 1, 1]]), np.ones((1, 4)))
+    asked = np.asarray([True, True, False, False])
+    images = ["a", "b", "a", "b"]
+    first, second = (measure.only(mask).resampled(images) for mask in (asked, ~asked))
+    assert measure.only(asked).value() == 0.5
+    # Where the first half has drawn `a` alone, so has the second.
+    assert set(first[:, 0].tolist()) == {0, 0.5, 1}
+    assert set(second[:, 0].tolist()) == {1}
+    assert np.allclose(measure.resampled(images), (first + second) / 2)
+
+
+def said(texts, tokens):
+    """Answers that were given now."""
+    return run.Answers(texts, tokens, (stored.now(), stored.now()), 0)
+
+
 def test_scores_by_kind_and_pair(chosen, items):
     """Policies that are right on known questions get known figures."""
     names = [policy.name for policy in chosen]
@@ -181,7 +202,7 @@ def test_scores_by_kind_and_pair(chosen, items):
     texts[f"{policies.PRUMERGE} ({BUDGET})"] = right
     texts[policies.ALL_TOKENS] = right[:5] + wrong[5:]
     tokens = {name: [3] * len(items) for name in names}
-    result = run.score(items, chosen, run.Answers(texts, tokens))
+    result = run.score(items, chosen, said(texts, tokens))
     rows = result["policies"]
     assert result["questions"] == {"overall": 10} | dict.fromkeys(
         ["existence", "colour", "shape", "count", "position"], 2
@@ -193,6 +214,8 @@ def test_scores_by_kind_and_pair(chosen, items):
     paired = {(row["policy"], row["against"], row["kind"]): row for row in result["paired"]}
     assert paired["PruMerge (16)", "random (16)", "shape"]["value"] == 1.0
     assert paired["PruMerge (16)", "attention top-k + merge (16)", "overall"]["value"] == 1.0
+    assert paired["PruMerge (16)", "attention top-k (16)", "overall"]["value"] == 1.0
+    assert paired["PruMerge+ (16)", "attention top-k (16)", "overall"]["value"] == 0.0
     assert paired["random (16)", "all tokens", "overall"]["value"] == -0.5
     json.dumps(result, allow_nan=False)
 
@@ -203,7 +226,7 @@ def test_intervals_of_differences_are_paired(chosen, items):
     texts = {policy.name: ["" for _ in items] for policy in chosen}
     texts[policies.ALL_TOKENS] = texts["evenly spaced (16)"] = right[:5] + [""] * 5
     tokens = {name: [3] * len(items) for name in texts}
-    result = run.score(items, chosen, run.Answers(texts, tokens))
+    result = run.score(items, chosen, said(texts, tokens))
     low, high = result["policies"][policies.ALL_TOKENS]["accuracy"]["overall"]["interval"]
     assert low < 0.5 < high
     differences = {
@@ -213,6 +236,106 @@ def test_intervals_of_differences_are_paired(chosen, items):
     }
     assert differences["evenly spaced (16)"] == (0, [0, 0])
     assert differences["random (16)"] == (-0.5, pytest.approx([-high, -low]))
+
+
+def test_pope_by_category_and_the_mean_f1_of_categories(chosen):
+    """By hand: `a` has a hit and a miss, `b` is all right, `c` asks for no yes or no."""
+    names = [policy.name for policy in chosen]
+    asked = [("a", "yes"), ("a", "yes"), ("a", "no"), ("b", "yes"), ("b", "no"), ("c", "red")]
+    items = [
+        Item(n, f"{n % 3}", load=None, text="?", expected=answer, category=kind)
+        for n, (kind, answer) in enumerate([*asked, (None, "no")])
+    ]
+    texts = {name: ["yes", "no", "no", "yes", "no", "red", "yes"] for name in names}
+    result = run.score(items, chosen, said(texts, {name: [3] * 7 for name in names}))
+    assert result["yes_no_questions"] == 6
+    assert result["yes_no_by_kind"] == {"a": 3, "b": 2}
+    row = result["policies"][names[0]]
+    assert row["pope"]["f1"]["value"] == pytest.approx(4 / 6)  # two hits, one false alarm, one miss
+    assert {kind: found["f1"]["value"] for kind, found in row["pope_by_kind"].items()} == {
+        "a": pytest.approx(2 / 3),
+        "b": 1.0,
+    }
+    assert row["pope_by_kind"]["a"]["recall"]["value"] == 0.5
+    assert row["pope_mean_f1"]["value"] == pytest.approx((2 / 3 + 1) / 2)
+    low, high = row["pope_mean_f1"]["interval"]
+    assert 0.5 <= low < high <= 1.0
+    json.dumps(result, allow_nan=False)
+
+
+def test_pope_without_categories_and_without_questions_of_that_sort(chosen):
+    names = [policy.name for policy in chosen]
+    for answer, measures in (("yes", set(metrics.POPE_MEASURES)), ("red", set())):
+        items = [Item(0, "x", load=None, text="?", expected=answer)]
+        texts, tokens = ({name: [entry] for name in names} for entry in ("no", 3))
+        result = run.score(items, chosen, said(texts, tokens))
+        row = result["policies"][names[0]]
+        assert set(row["pope"]) == measures
+        assert row["pope_by_kind"] == result["yes_no_by_kind"] == {}
+        assert row["pope_mean_f1"] == {"value": None, "interval": None}
+
+
+# What answers depend on
+
+
+def weights(**changed):
+    """A model whose weights are no whole rows of bytes, with some of them changed."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(700, 5), torch.nn.Linear(5, 3, bias=False))
+    with torch.no_grad():
+        for name, change in changed.items():
+            change(model.get_parameter(name.replace("_", ".")))
+    return model
+
+
+def swap(index, other):
+    def change(weight):
+        weight[index], weight[other] = weight[other].clone(), weight[index].clone()
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"0_weight": lambda weight: weight.zero_()},
+        {"0_weight": lambda weight: weight[4, 699].add_(1e-7)},
+        {"0_weight": swap((0, 0), (0, 2))},
+        {"0_weight": swap((0, 0), (2, 648))},  # 8 KiB further on
+        {"0_weight": swap(0, 1)},
+        {"0_bias": lambda bias: bias[0].neg_()},
+        {"1_weight": swap((0, 0), (2, 4))},
+    ],
+)
+def test_fingerprint_of_weights(changed):
+    assert fingerprint.of_weights(weights()) == fingerprint.of_weights(weights())
+    assert fingerprint.of_weights(weights(**changed)) != fingerprint.of_weights(weights())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_fingerprint_of_weights_in_other_precision(dtype):
+    halved = fingerprint.of_weights(weights().to(dtype))
+    assert halved == fingerprint.of_weights(weights().to(dtype))
+    assert halved != fingerprint.of_weights(weights())
+
+
+def test_fingerprint_of_buffers_of_any_type():
+    def model(flag):
+        module = torch.nn.BatchNorm1d(3)  # counts its batches in a tensor of no dimension
+        module.register_buffer("flag", torch.tensor([True, flag]))
+        module.register_buffer("nothing", torch.empty(0))
+        return module
+
+    assert fingerprint.of_weights(model(True)) == fingerprint.of_weights(model(True))
+    assert fingerprint.of_weights(model(True)) != fingerprint.of_weights(model(False))
+
+
+def test_fingerprint_of_code_has_the_kernels():
+    expected = set()
+    for name, start in (("prumerge_fast", ""), ("prumerge_fast.kernels", "kernels/")):
+        place = Path(importlib.import_module(name).__file__).parent
+        expected |= {start + path.relative_to(place).as_posix() for path in place.rglob("*.py")}
+    assert fingerprint.code_files().keys() == expected
 
 
 # The command
@@ -239,21 +362,33 @@ def test_interrupted_run_goes_on_where_it_was(command, capsys, monkeypatch):
         return answer_batch(loaded, batch, *rest)
 
     monkeypatch.setattr(run, "answer_batch", interrupted)
+    monkeypatch.setattr(stored, "now", lambda: "2026-01-02T03:04:05+00:00")
     assert main(arguments) == 130
     assert not output.exists()
-    with run.answers_file(output).open("a") as file:
+    with stored.answers_file(output).open("a") as file:
         file.write('{"texts": {"all to')  # killed while writing
     monkeypatch.setattr(run, "answer_batch", lambda *a: asked.append(a) or answer_batch(*a))
+    monkeypatch.setattr(stored, "now", lambda: "2026-01-03T03:04:05+00:00")
     assert main([*arguments, "--json"]) == 0
     assert asked[:2] == [[0, 1], [2, 3]]
     assert len(asked) == 3
     resumed = json.loads(capsys.readouterr().out)
     assert json.loads(output.read_text()) == resumed
+    assert resumed["answered"] == {
+        "first": "2026-01-02T03:04:05+00:00",
+        "last": "2026-01-03T03:04:05+00:00",
+        "by_earlier_runs": 4,
+    }
+
+    monkeypatch.setattr(run, "answer_batch", None)
+    assert main([*arguments, "--json"]) == 0  # from the file alone
+    assert json.loads(capsys.readouterr().out)["policies"] == resumed["policies"]
 
     monkeypatch.setattr(run, "answer_batch", answer_batch)
     without_file = [*arguments[:-2], "--json"]
     assert main(without_file) == 0
     at_once = json.loads(capsys.readouterr().out)
+    assert at_once["answered"]["by_earlier_runs"] == 0
     for field in ("policies", "paired", "questions"):
         assert at_once[field] == resumed[field]
 
@@ -262,7 +397,12 @@ def test_answers_of_other_settings_are_not_mixed(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     arguments, _ = command
     assert main(arguments) == 0
-    assert "all tokens" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "all tokens" in shown
+    assert "POPE's measures of 2 questions" in shown
+    assert "earlier run" not in shown
+    assert main(arguments) == 0
+    assert "6 of 6 questions were answered by an earlier run" in capsys.readouterr().out
     for other in (["--max-new-tokens", 3], ["--conv-template", "vicuna_v1"]):
         message = refusal(capsys, *arguments, *other)
         assert "--output: expected answers of a run with these settings" in message
@@ -317,6 +457,85 @@ def test_answers_of_other_models_and_images_are_not_mixed(ask, question_file, ca
         assert "--output: expected answers of a run with these settings" in message
 
 
+@pytest.fixture
+def own(ask, folder, photos, tmp_path):  # noqa: F811
+    """`ask` with a model and images that a test may change."""
+    copies = {}
+    for given in (folder, photos):
+        copies[given] = tmp_path / given.name
+        shutil.copytree(given, copies[given])
+    return [str(copies.get(argument, argument)) for argument in ask]
+
+
+def zeroed(arguments, monkeypatch):
+    path = Path(arguments[arguments.index("--model") + 1]) / "model.safetensors"
+    content = {name: 0 * weight for name, weight in load_file(path).items()}
+    save_file(content, path, metadata={"format": "pt"})
+
+
+def redrawn(arguments, monkeypatch):
+    images = Path(arguments[arguments.index("--image-folder") + 1])
+    shutil.copy(images / "astronaut.png", images / "coffee.jpg")
+
+
+def renamed(arguments, monkeypatch):
+    path = Path(arguments[arguments.index("--model") + 1]) / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    words = tokenizer["model"]["vocab"]
+    words["w1"], words["w2"] = words["w2"], words["w1"]
+    path.write_text(json.dumps(tokenizer))
+
+
+def upgraded(arguments, monkeypatch):
+    versions = report.versions()
+    monkeypatch.setattr(report, "versions", lambda: {**versions, "torch": "9.0"})
+
+
+def moved(arguments, monkeypatch):
+    monkeypatch.setattr(report, "_processor", lambda: "another one")
+
+
+def rewritten(arguments, monkeypatch):
+    monkeypatch.setattr(fingerprint, "code_files", lambda: {"run.py": Path(__file__)})
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (zeroed, "weights"),
+        (redrawn, "images"),
+        (renamed, "model_settings"),
+        (upgraded, "torch_version"),
+        (moved, "processor"),
+        (rewritten, "code"),
+    ],
+)
+def test_answers_are_not_taken_for_those_of_something_else(
+    own, question_file, capsys, monkeypatch, change, named
+):
+    """The same paths, with other things in them: old answers are not scored as new ones."""
+    question_file("what ?")
+    assert main(own) == 0
+    capsys.readouterr()
+    change(own, monkeypatch)
+    message = refusal(capsys, *own)
+    assert f"result.answers.jsonl with {named} " in message
+    assert message.count(" instead of ") == 1
+    assert "; remove it to start anew" in message
+
+
+def test_answers_are_taken_up_after_files_were_copied(own, question_file, capsys, monkeypatch):
+    question_file("what ?")
+    assert main(own) == 0
+    for option in ("--model", "--image-folder"):
+        given = Path(own[own.index(option) + 1])
+        shutil.copytree(given, given.with_name("copy"), copy_function=shutil.copyfile)
+        shutil.rmtree(given)
+        given.with_name("copy").rename(given)
+    monkeypatch.setattr(run, "answer_batch", None)
+    assert main(own) == 0
+
+
 def test_resumes_over_answers_with_line_ends_of_unicode(command, capsys, monkeypatch):
     arguments, _ = command
     decoded = run.answer_batch
@@ -369,6 +588,7 @@ def test_question_file(folder, photos, tmp_path, capsys):  # noqa: F811
         (["--tokens", "many"], "'--tokens': expected a whole number >= 1, got many"),
         (["--tokens", "9" * 5000], "'--tokens': "),
         (["--count", "0"], "--count"),
+        (["--count", "999999999999"], "--count: expected at most 100000, got 999999999999"),
         (["--image-folder", "x"], "--image-folder: expected --questions"),
         (["--questions", "gone.jsonl"], "--questions: expected a readable text file"),
         (["--output", f"{__file__}/x.json"], "--output: expected a writable file"),
@@ -385,25 +605,154 @@ def test_failure_to_write_leaves_answers_and_result(ask, question_file, capsys, 
     write_text = Path.write_text
 
     def full(path, *rest, **options):
-        if path.name == "result.json":
+        if path.name.startswith("result.json"):
+            path.open("w").close()
             raise OSError(28, "No space left on device")
         return write_text(path, *rest, **options)
 
+    output = ask[-1]
+    output.write_text("old")
     monkeypatch.setattr(Path, "write_text", full)
     assert main([*map(str, ask), "--json"]) == 2
+    assert output.read_text() == "old"
     captured = capsys.readouterr()
     assert json.loads(captured.out)["questions"] == {"overall": 1}
     assert re.search(r"--output: .* No space .* stay in \S*result\.answers\.jsonl", captured.err)
     assert captured.err.count("\n") == 1
 
 
-def test_more_answers_than_questions(ask, question_file, capsys, tmp_path):
-    question_file("what ?")
-    assert main([str(argument) for argument in ask]) == 0
-    capsys.readouterr()
+@pytest.fixture
+def answered_file(ask, question_file, capsys, tmp_path):
+    """The answers of a run about two questions, one a batch, as header and lines."""
+    question_file("what ?", "who ?")
+    assert main([*map(str, ask), "--json"]) == 0
     path = tmp_path / "result.answers.jsonl"
-    path.write_text(path.read_text() + path.read_text().split("\n")[1] + "\n")
-    assert "--output: expected at most 1 batches of answers, got 2" in refusal(capsys, *ask)
+    result = json.loads(capsys.readouterr().out)
+    return path, path.read_text().split("\n")[:-1], result
+
+
+def again(ask, capsys):
+    assert main([*map(str, ask), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_batch_that_two_runs_asked(ask, answered_file, capsys):
+    """Each had been interrupted after the first batch: the second is asked, not the first scored
+    for it."""
+    path, (header, first, _), result = answered_file
+    path.write_text("\n".join([header, first, first, ""]))
+    resumed = again(ask, capsys)
+    assert resumed["answered"]["by_earlier_runs"] == 1
+    assert resumed["policies"] == result["policies"]
+    assert resumed["paired"] == result["paired"]
+
+
+def test_batches_in_another_order(ask, answered_file, capsys, monkeypatch):
+    path, (header, first, second), result = answered_file
+    path.write_text("\n".join([header, second, first, ""]))
+    monkeypatch.setattr(run, "answer_batch", None)
+    assert again(ask, capsys)["policies"] == result["policies"]
+
+
+@pytest.mark.parametrize("length", [0, 5, 50, -1])
+def test_a_header_that_was_cut_off(ask, answered_file, capsys, length):
+    path, (header, *_), result = answered_file
+    path.write_text(header[:length])
+    assert again(ask, capsys)["policies"] == result["policies"]
+    assert path.read_text().split("\n")[0] == header
+
+
+@pytest.mark.parametrize("content", ["notes", "{}", "3\n", "[]\n{}\n", "[" * 99_999 + "\n", "\n"])
+def test_files_of_something_else_are_left_alone(ask, answered_file, capsys, content):
+    path = answered_file[0]
+    path.write_text(content)
+    assert "--output: expected " in refusal(capsys, *ask)
+    assert path.read_text() == content
+
+
+def damaged(field, value):
+    def damage(line):
+        return json.dumps({**json.loads(line), field: value})
+
+    return damage
+
+
+def shortened(field):
+    def damage(line):
+        batch = json.loads(line)
+        batch[field]["all tokens"] = batch[field]["all tokens"][1:]
+        return json.dumps(batch)
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda line: "3", "expected a JSON object, got int"),
+        (lambda line: "{}", "expected a batch from 0 to 1, got None"),
+        (lambda line: line[:60], ""),
+        (lambda line: "[" * 99_999, "recursion"),
+        (lambda line: "", ""),
+        (damaged("batch", 2), "expected a batch from 0 to 1, got 2"),
+        (damaged("batch", -1), "expected a batch from 0 to 1, got -1"),
+        (damaged("batch", True), "expected a batch from 0 to 1, got True"),
+        (damaged("date", None), "Invalid isoformat string"),
+        (damaged("texts", {"all tokens": ["a"]}), "expected texts of each policy"),
+        (damaged("tokens", None), "expected tokens of each policy"),
+        (shortened("texts"), "expected 1 texts of all tokens"),
+        (shortened("tokens"), "expected 1 tokens of all tokens"),
+        (lambda line: line.replace('["', "[[]", 1).replace('"]', "]", 1), ""),
+    ],
+)
+def test_a_damaged_line_is_named_and_may_be_removed(ask, answered_file, capsys, damage, says):
+    path, (header, first, second), result = answered_file
+    content = "\n".join([header, damage(first), second, ""])
+    path.write_text(content)
+    message = refusal(capsys, *ask)
+    assert "result.answers.jsonl:2 (" in message
+    assert says in message
+    assert "remove that line to have its questions asked again" in message
+    assert path.read_text() == content
+    path.write_text("\n".join([header, second, ""]))
+    assert again(ask, capsys)["policies"] == result["policies"]
+
+
+def test_full_disk_while_answering(command):
+    """A limit on the size of files stands for a full disk: one line, and the run goes on later."""
+    arguments, output = command
+    program = f"{sys.executable} -m prumerge_fast {' '.join(arguments)} --batch-size 1 --json"
+    limited = ["bash", "-c", f"ulimit -f 4; {program}"]  # KiB
+    done = subprocess.run(limited, capture_output=True, text=True)
+    path = stored.answers_file(output)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert f"--output: expected a file that takes more answers, got {path} (" in done.stderr
+    earlier = path.read_text().count("\n") - 1
+    assert earlier >= 1
+    assert main([*arguments, "--batch-size", "1"]) == 0
+    assert json.loads(output.read_text())["answered"]["by_earlier_runs"] == earlier
+
+
+@pytest.mark.parametrize("name", ["questions.jsonl", "link.json", "coffee.jpg"])
+def test_results_do_not_replace_what_is_read(ask, question_file, photos, tmp_path, capsys, name):  # noqa: F811
+    path = question_file("what ?")
+    (tmp_path / "link.json").symlink_to(path)
+    shutil.copy(photos / "coffee.jpg", tmp_path)
+    given = [tmp_path if argument is photos else argument for argument in ask[:-1]]
+    output = tmp_path / name
+    content = output.read_bytes()
+    message = refusal(capsys, *given, output)
+    assert "--output: expected another file than the questions and their images" in message
+    assert output.read_bytes() == content
+
+
+def test_answers_do_not_replace_the_questions(ask, question_file, tmp_path, capsys):
+    path = question_file("what ?").rename(tmp_path / "result.answers.jsonl")
+    given = [path if argument == tmp_path / "questions.jsonl" else argument for argument in ask]
+    message = refusal(capsys, *given)
+    assert f"whose answers would be written to {path}" in message
+    assert path.read_text().count("\n") == 1
 
 
 def test_category_of_all_questions(ask, question_file, capsys):

@@ -182,7 +182,9 @@ def _item(line: str, where: str, folder: Path) -> Item:
         exists = False
     if not exists:
         raise InputError(f"{where}: expected an existing image, got {image}")
-    expected = record.get("answer", record.get("label"))
+    expected = record.get("answer")
+    if expected is None:  # no answer, or null for one
+        expected = record.get("label")
     if isinstance(expected, (bool, dict, list)):  # as text, no answer would ever match it
         raise InputError(
             f"{where}: expected answer or label to be a str or a number, got {expected!r}"

@@ -41,6 +41,13 @@ class Measure:
         """The same over some of the questions [n] bool."""
         return Measure(self.numerator[:, questions], self.denominator[:, questions])
 
+    def only(self, questions: np.ndarray) -> Measure:
+        """The same, with the other questions [n] bool counting nothing.
+
+        What is left out keeps its images, which parts of one measure then share in each resample.
+        """
+        return Measure(self.numerator * questions, self.denominator * questions)
+
     def resampled(self, images: Sequence[str]) -> np.ndarray:
         """[RESAMPLES, P], the value in each bootstrap resample of the images [n] asked about."""
         _, image = np.unique(np.asarray(images), return_inverse=True)

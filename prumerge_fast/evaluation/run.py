@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from prumerge_fast.cli.inputs import InputError, Item, items_from_demo, items_fr
 from prumerge_fast.cli.models import Loaded, load
 from prumerge_fast.cli.prompts import prepare
 from prumerge_fast.encoder_output import PrunedFeatures
-from prumerge_fast.evaluation import metrics
+from prumerge_fast.evaluation import fingerprint, metrics, stored
 from prumerge_fast.evaluation.policies import (
     ABLATION,
     ALL_TOKENS,
@@ -28,6 +30,7 @@ from prumerge_fast.evaluation.policies import (
     PRUMERGE,
     PRUMERGE_PLUS,
     RANDOM,
+    TOP_K,
     Encoded,
     Policy,
     policies,
@@ -37,10 +40,11 @@ from prumerge_fast.vision import encode
 
 # What is subtracted from what, at equal budgets: ours from the simple ones, and each ablation step.
 PAIRS = (
-    *((ours, other) for ours in (PRUMERGE, PRUMERGE_PLUS) for other in (RANDOM, EVEN)),
+    *((ours, other) for ours in (PRUMERGE, PRUMERGE_PLUS) for other in (RANDOM, EVEN, TOP_K)),
     *zip(ABLATION[1:], ABLATION, strict=False),
 )
 OVERALL = "overall"
+MOST_SCENES = 100_000  # drawing up the questions takes a minute then, and asking them a day
 FAMILY = "LlavaForConditionalGeneration"
 
 
@@ -66,10 +70,19 @@ class EvaluationOptions:
 
 @dataclass(frozen=True)
 class Answers:
-    """What the policies said: texts and visual tokens by policy, a question a column."""
+    """What the policies said: texts and visual tokens by policy, a question a column.
+
+    Args:
+        texts: By policy.
+        tokens: By policy.
+        given: The times of the first and of the last batch.
+        earlier: How many questions an earlier run has answered.
+    """
 
     texts: dict[str, list[str]]
     tokens: dict[str, list[int]]
+    given: tuple[str, str]
+    earlier: int
 
 
 def run(options: EvaluationOptions) -> None:
@@ -79,8 +92,8 @@ def run(options: EvaluationOptions) -> None:
         InputError: Something given cannot be used. Answers written until then stay.
     """
     items = _items(options)
-    if options.output is not None and (options.output.is_dir() or not options.output.name):
-        raise InputError(f"--output: expected a file, got the folder {options.output}")
+    images = _images(options, items)
+    _check_output(options, images)
     loaded = load(
         options.model,
         dtype=options.dtype,
@@ -97,29 +110,41 @@ def run(options: EvaluationOptions) -> None:
         chosen = policies(options.budgets, loaded.patches)
     except ValueError as error:
         raise InputError(f"--{error}") from None
-    answers = answer_all(options, loaded, items, chosen)
+    header = {} if options.output is None else _header(options, loaded, items, images)
+    answers = answer_all(options, loaded, items, chosen, header)
     result = {
         "model": loaded.name,
         "settings": _settings(options, loaded),
+        "answered": {
+            "first": answers.given[0],
+            "last": answers.given[1],
+            "by_earlier_runs": answers.earlier,
+        },
         **score(items, chosen, answers),
         **report.provenance(options.command, loaded.device),
     }
     if options.as_json:
         report.print_json(result)
     else:
-        report.console().print(_table(result))
+        for table in _tables(result):
+            report.console().print(table)
     if options.output is not None:
         _write(options.output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
 def _write(output: Path, text: str) -> None:
+    target = output.resolve()  # replaced when it is whole, and not a link to it
+    whole = target.with_name(f"{target.name}.part")
     try:
         # File names may hold what UTF-8 cannot; JSON reads the escapes.
-        output.write_text(text, encoding="utf-8", errors="backslashreplace")
+        whole.write_text(text, encoding="utf-8", errors="backslashreplace")
+        whole.replace(target)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            whole.unlink()
         raise InputError(
             f"--output: expected a writable file, got {output} ({error}); the answers stay in "
-            f"{answers_file(output)}, and the same command goes on from them"
+            f"{stored.answers_file(output)}, and the same command goes on from them"
         ) from None
 
 
@@ -127,6 +152,8 @@ def _items(options: EvaluationOptions) -> list[Item]:
     if options.questions is None:
         if options.image_folder is not None:
             raise InputError("--image-folder: expected --questions beside it, got none")
+        if options.count > MOST_SCENES:
+            raise InputError(f"--count: expected at most {MOST_SCENES}, got {options.count}")
         return items_from_demo(options.count)
     items = items_from_jsonl(options.questions, options.image_folder or options.questions.parent)
     unknown = sum(item.expected is None for item in items)
@@ -143,6 +170,30 @@ def _items(options: EvaluationOptions) -> list[Item]:
     return items
 
 
+def _images(options: EvaluationOptions, items: Sequence[Item]) -> dict[str, Path]:
+    """The image files that are asked about, by name; demo scenes have none."""
+    if options.questions is None:
+        return {}
+    folder = options.image_folder or options.questions.parent
+    return {item.image: folder / item.image for item in items}
+
+
+def _check_output(options: EvaluationOptions, images: Mapping[str, Path]) -> None:
+    """Raises InputError where a result would overwrite a folder or what is read."""
+    output = options.output
+    if output is None:
+        return
+    if output.is_dir() or not output.name:
+        raise InputError(f"--output: expected a file, got the folder {output}")
+    given = [path for path in (options.questions, *images.values()) if path is not None]
+    for written in (output, stored.answers_file(output)):
+        if written.exists() and any(os.path.samefile(written, path) for path in given):
+            raise InputError(
+                f"--output: expected another file than the questions and their images, got {output}"
+                + ("" if written is output else f", whose answers would be written to {written}")
+            )
+
+
 def _settings(options: EvaluationOptions, loaded: Loaded) -> dict[str, Any]:
     """What a result says of how it came about."""
     return {
@@ -157,80 +208,78 @@ def _settings(options: EvaluationOptions, loaded: Loaded) -> dict[str, Any]:
     }
 
 
-def _header(options: EvaluationOptions, loaded: Loaded, items: Sequence[Item]) -> dict[str, Any]:
+def _header(
+    options: EvaluationOptions,
+    loaded: Loaded,
+    items: Sequence[Item],
+    images: Mapping[str, Path],
+) -> dict[str, Any]:
     """What answers depend on, so that a run is resumed only with the same."""
     asked = [[item.question_id, item.image, item.text] for item in items]
+    run = report.provenance(options.command, loaded.device)
+    del run["machine"]["platform"]  # an update of the system changes no answer
+    try:
+        pictures = fingerprint.of_files(images)
+    except OSError as error:
+        raise InputError(
+            f"image: expected a readable image, got {error.filename} ({error})"
+        ) from None
     return {
         "model": loaded.name,
         "source": options.model,
         **_settings(options, loaded),
         "image_folder": None if options.image_folder is None else str(options.image_folder),
         "asked": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
+        "images": pictures,  # demo scenes follow from the code
+        "weights": fingerprint.of_weights(loaded.model),
+        "model_settings": fingerprint.of_settings(loaded.model, loaded.processor),
+        "code": fingerprint.of_files(fingerprint.code_files()),
+        **{f"{package}_version": version for package, version in run["versions"].items()},
+        **run["machine"],
     }
 
 
-def answers_file(output: Path) -> Path:
-    """Where the answers of a run are kept, to be resumed from."""
-    return output.with_suffix(".answers.jsonl")
-
-
 def answer_all(
-    options: EvaluationOptions, loaded: Loaded, items: list[Item], chosen: Sequence[Policy]
+    options: EvaluationOptions,
+    loaded: Loaded,
+    items: list[Item],
+    chosen: Sequence[Policy],
+    header: dict[str, Any],
 ) -> Answers:
     """Every question to every policy, a batch after another; those already on file are not asked.
 
     Raises:
-        InputError: The answers on file are of other settings, or cannot be read or written.
+        InputError: The answers on file are of another header, or cannot be read or written.
     """
     size = options.batch_size
     batches = [items[start : start + size] for start in range(0, len(items), size)]
-    path = None if options.output is None else answers_file(options.output)
-    lines = [] if path is None else _resumed(path, _header(options, loaded, items), len(batches))
+    names = [policy.name for policy in chosen]
+    path = None if options.output is None else stored.answers_file(options.output)
+    done: dict[int, dict[str, Any]] = {}
+    if path is not None:
+        done = stored.resumed(path, header, names, [len(batch) for batch in batches])
+    earlier = sum(len(batches[number]) for number in done)
     console = report.messages()
     columns = (TextColumn("questions"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("", total=len(items), completed=min(len(items), len(lines) * size))
-        for batch in batches[len(lines) :]:
-            lines.append(answer_batch(loaded, batch, chosen, options.max_new_tokens))
+        bar = progress.add_task("", total=len(items), completed=earlier)
+        for number, batch in enumerate(batches):
+            if number in done:
+                continue
+            said = answer_batch(loaded, batch, chosen, options.max_new_tokens)
+            done[number] = {"batch": number, "date": stored.now(), **said}
             if path is not None:
-                with path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(lines[-1], ensure_ascii=False) + "\n")
+                stored.append(path, done[number])
             progress.advance(bar, len(batch))
-    return Answers(
-        *(
-            {p.name: [entry for line in lines for entry in line[field][p.name]] for p in chosen}
-            for field in ("texts", "tokens")
-        )
+    texts, tokens = (
+        {
+            name: [entry for n in range(len(batches)) for entry in done[n][field][name]]
+            for name in names
+        }
+        for field in ("texts", "tokens")
     )
-
-
-def _resumed(path: Path, header: dict[str, Any], most: int) -> list[dict[str, Any]]:
-    """The batches on file, `most` at most, which is begun with `header` where there is none."""
-    try:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(header) + "\n", encoding="utf-8")
-        text = path.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]  # an interrupted last line is asked again
-        if whole != text:
-            path.write_text(whole, encoding="utf-8")
-        first, *lines = [json.loads(line) for line in whole.split("\n")[:-1]]
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"--output: expected a writable file with answers of an earlier run or none beside it, "
-            f"got {path} ({error})"
-        ) from None
-    if first != header:
-        raise InputError(
-            f"--output: expected answers of a run with these settings, got {path} with "
-            f"{json.dumps(first)}; remove it to start anew"
-        )
-    if len(lines) > most:  # two runs at once
-        raise InputError(
-            f"--output: expected at most {most} batches of answers, got {len(lines)} in {path}; "
-            "remove it to start anew"
-        )
-    return lines
+    dates = sorted(batch["date"] for batch in done.values())
+    return Answers(texts, tokens, (dates[0], dates[-1]), earlier)
 
 
 @torch.inference_mode()
@@ -296,6 +345,8 @@ def score(items: Sequence[Item], chosen: Sequence[Policy], answers: Answers) -> 
             "visual_tokens": float(np.mean(answers.tokens[policy.name])),
             "accuracy": {},
             "pope": {},
+            "pope_by_kind": {},
+            "pope_mean_f1": _entry(np.nan, np.empty(0)),
         }
         for policy in chosen
     }
@@ -316,21 +367,59 @@ def score(items: Sequence[Item], chosen: Sequence[Policy], answers: Answers) -> 
                 }
             )
 
-    yes_no = [i for i, answer in enumerate(expected) if metrics.is_yes_no(answer)]
-    if yes_no:
-        said = [[row[i] for i in yes_no] for row in texts]
-        for title, measure in metrics.pope(said, [expected[i] for i in yes_no]).items():
-            values = measure.value()
-            resamples = measure.resampled([images[i] for i in yes_no])
-            for p, name in enumerate(names):
-                rows[name]["pope"][title] = _entry(values[p], resamples[:, p])
+    yes_no = np.asarray([metrics.is_yes_no(answer) for answer in expected])
+    of_kinds = {
+        kind: asked[yes_no]
+        for kind, asked in kinds.items()
+        if kind != OVERALL and (asked & yes_no).any()
+    }
+    if yes_no.any():
+        where = np.flatnonzero(yes_no)
+        measures = metrics.pope(
+            [[row[i] for i in where] for row in texts], [expected[i] for i in where]
+        )
+        scored = _pope(measures, [images[i] for i in where], of_kinds)
+        for name, row in zip(names, scored, strict=True):
+            rows[name].update(row)
     return {
         "questions": {kind: int(asked.sum()) for kind, asked in kinds.items()},
-        "yes_no_questions": len(yes_no),
+        "yes_no_questions": int(yes_no.sum()),
+        "yes_no_by_kind": {kind: int(asked.sum()) for kind, asked in of_kinds.items()},
         "bootstrap": {"resamples": metrics.RESAMPLES, "level": metrics.LEVEL, "over": "images"},
         "policies": rows,
         "paired": paired,
     }
+
+
+def _pope(
+    measures: Mapping[str, metrics.Measure], images: Sequence[str], kinds: Mapping[str, np.ndarray]
+) -> list[dict[str, Any]]:
+    """POPE's measures of each policy: of all questions, by kind, and the mean F1 of the kinds.
+
+    Args:
+        measures: Of n questions.
+        images: [n].
+        kinds: Which questions are of a kind, [n] bool.
+    """
+    policies = len(measures["f1"].numerator)
+    found: list[dict[str, Any]] = [
+        {"pope": {}, "pope_by_kind": {kind: {} for kind in kinds}} for _ in range(policies)
+    ]
+    for title, measure in measures.items():
+        parts = [measure, *(measure.only(asked) for asked in kinds.values())]
+        values = [part.value() for part in parts]  # [P] each
+        resamples = [part.resampled(images) for part in parts]  # [RESAMPLES, P] each
+        for p, row in enumerate(found):
+            entries = [_entry(v[p], r[:, p]) for v, r in zip(values, resamples, strict=True)]
+            row["pope"][title] = entries[0]
+            for kind, entry in zip(kinds, entries[1:], strict=True):
+                row["pope_by_kind"][kind][title] = entry
+            if title == "f1" and kinds:
+                row["pope_mean_f1"] = _entry(
+                    np.mean([v[p] for v in values[1:]]),
+                    np.mean([r[:, p] for r in resamples[1:]], axis=0),
+                )
+    return found
 
 
 def _pairs(chosen: Sequence[Policy]) -> list[tuple[int, int]]:
@@ -350,25 +439,70 @@ def _entry(value: float, resamples: np.ndarray) -> dict[str, Any]:
     return {"value": float(value), "interval": metrics.interval(resamples)}
 
 
-def _table(result: dict[str, Any]) -> Table:
+def _tables(result: dict[str, Any]) -> list[Table]:
+    """Exact match and, where there are questions of that sort, POPE's measures."""
     kinds = result["questions"]
-    table = Table(
-        title=f"{result['model']}: exact match, with its 95 % interval over images",
-        title_justify="left",
-    )
-    for heading in ("policy", "tokens", *(f"{kind} ({n})" for kind, n in kinds.items())):
+
+    def exact(row: dict[str, Any]) -> list[str]:
+        overall, *others = (row["accuracy"][kind] for kind in kinds)
+        return [_with_interval(overall), *map(_share, others)]
+
+    tables = [
+        _table(
+            result,
+            f"{result['model']}: exact match, with its 95 % interval over images",
+            [f"{kind} ({n})" for kind, n in kinds.items()],
+            exact,
+        )
+    ]
+    of_kinds = result["yes_no_by_kind"]
+    if len(of_kinds) == 1:  # their mean is that of one
+        of_kinds = {}
+
+    def pope(row: dict[str, Any]) -> list[str]:
+        f1 = [row["pope_by_kind"][kind]["f1"] for kind in of_kinds]
+        mean = [_with_interval(row["pope_mean_f1"])] if of_kinds else []
+        return [*map(_share, [*row["pope"].values(), *f1]), *mean]
+
+    if result["yes_no_questions"]:
+        headings = [measure.replace("_", "-") for measure in metrics.POPE_MEASURES]
+        headings += [f"f1 {kind} ({n})" for kind, n in of_kinds.items()]
+        title = f"{result['model']}: POPE's measures of {result['yes_no_questions']} questions"
+        tables.append(_table(result, title, headings + ["mean f1"] * bool(of_kinds), pope))
+    answered = result["answered"]
+    if answered["by_earlier_runs"]:
+        tables[-1].caption = (
+            f"{answered['by_earlier_runs']} of {kinds[OVERALL]} questions were answered by an "
+            f"earlier run, all between {answered['first']} and {answered['last']}"
+        )
+        tables[-1].caption_justify = "left"
+    return tables
+
+
+def _table(
+    result: dict[str, Any],
+    title: str,
+    headings: Sequence[str],
+    cells: Callable[[dict[str, Any]], list[str]],
+) -> Table:
+    table = Table(title=title, title_justify="left")
+    for heading in ("policy", "tokens", *headings):
         table.add_column(heading, justify="left" if heading == "policy" else "right")
     budget: int | None = None
     for name, row in result["policies"].items():
         if row["budget"] != budget and table.rows:
             table.rows[-1].end_section = True
         budget = row["budget"]
-        overall, *others = (row["accuracy"][kind] for kind in kinds)
-        low, high = overall["interval"]
-        table.add_row(
-            name,
-            f"{row['visual_tokens']:.1f}",
-            f"{overall['value']:.1%} ({low:.1%}–{high:.1%})",
-            *(f"{entry['value']:.1%}" for entry in others),
-        )
+        table.add_row(name, f"{row['visual_tokens']:.1f}", *cells(row))
     return table
+
+
+def _share(entry: dict[str, Any]) -> str:
+    return "–" if entry["value"] is None else f"{entry['value']:.1%}"
+
+
+def _with_interval(entry: dict[str, Any]) -> str:
+    if entry["value"] is None:
+        return _share(entry)
+    low, high = entry["interval"]
+    return f"{_share(entry)} ({low:.1%}–{high:.1%})"
