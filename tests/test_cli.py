@@ -357,6 +357,11 @@ def test_bad_options(command, capsys, monkeypatch, arguments, says):
     assert re.search(says, refusal(capsys, *command, *arguments))
 
 
+def test_more_scenes_than_anyone_waits_for_are_refused(capsys):
+    message = refusal(capsys, "compare", "--count", 999_999_999_999)
+    assert "--count: expected at most 100000, got 999999999999" in message
+
+
 def test_names_that_no_file_can_have(command, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(compare, "load", None)
     too_long = "x" * 300

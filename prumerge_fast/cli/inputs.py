@@ -15,6 +15,7 @@ from prumerge_fast.errors import PruMergeError
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 DEMO_PREFIX = "demo:"
+MOST_SCENES = 100_000  # drawing up the questions takes a minute then, and asking them hours
 IMAGE_TOKEN = "<image>"  # where the image goes in a prompt, as LLaVA writes it
 
 
@@ -209,9 +210,15 @@ def _check_unicode(text: str, name: str) -> None:
 
 
 def items_from_demo(count: int) -> list[Item]:
-    """`count` questions about demo scenes that the demo model was never trained on."""
+    """`count` questions about demo scenes that the demo model was never trained on.
+
+    Raises:
+        InputError: `count` is above `MOST_SCENES`.
+    """
     from prumerge_fast.demo.scenes import benchmark
 
+    if count > MOST_SCENES:
+        raise InputError(f"--count: expected at most {MOST_SCENES}, got {count}")
     return [
         Item(
             number,
