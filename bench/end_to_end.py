@@ -1,32 +1,39 @@
 """Times whole answers, stage by stage: LLaVA, PruMerge, PruMerge+ and fixed budgets, in turn.
 
-    python bench/end_to_end.py --output bench/results/end-to-end-cpu.json
+    python bench/end_to_end.py --output runs/end-to-end.json
 
 Everything is measured in the real `generate` (`prumerge_fast/cli/stages.py` says how); nothing is
 extrapolated: of LLaVA-1.5-7B's 32 decoder layers, each row says how many there were. Times are of a
 whole batch. Each round asks every policy about the same new images, starting with another policy
 each time, so that what else the machine does hits all alike; ratios are to LLaVA in the same round.
-The same command again goes on from what its output file holds.
+The same command again goes on from what its output file holds; with `--memory-only` it adds the
+peak memory to those rows that lack it, and leaves their times as they are. The committed results
+are those of `python bench/measure.py end-to-end-cpu`.
 """
 
 from __future__ import annotations
 
+import script
+
+if __name__ == "__main__":
+    script.interruptible()
+
 import argparse
+import contextlib
 import importlib.util
 import itertools
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from end_to_end_tables import summary
 from gpu import seconds_of
+from peak_memory import peak_memory, tensors_of
 from rich.progress import Progress
 from subjects import DECODER_LAYERS, DTYPES, Subject, demo, layers_that_fit, real_shape
 
@@ -39,21 +46,16 @@ from prumerge_fast.dispatch import prune_merge
 from prumerge_fast.vision import encode
 
 BASELINE = "LLaVA"
-KEEPS = (32, 64, 144)
+POLICIES: dict[str, PruMergeConfig | None] = {
+    BASELINE: None,
+    "PruMerge": PruMergeConfig(),
+    "PruMerge+": PruMergeConfig(variant="prumerge+"),
+    **{f"PruMerge, keep {n}": PruMergeConfig(keep=n) for n in (32, 64, 144)},
+}
 MODELS = ("demo", "llava-1.5-7b")
 RATIOS = ("first_token", "prefill", "total")
-PROCESS = psutil.Process()
-
-
-def policies(patches: int) -> dict[str, PruMergeConfig | None]:
-    """All that are timed, by name; budgets that an image has patches for."""
-    found = {
-        BASELINE: None,
-        "PruMerge": PruMergeConfig(),
-        "PruMerge+": PruMergeConfig(variant="prumerge+"),
-    }
-    budgets = {f"PruMerge, keep {n}": PruMergeConfig(keep=n) for n in KEEPS if n <= patches}
-    return found | budgets
+MOST_QUESTIONS = 1024  # at once; many more would take hours to draw before anything is timed
+CELL = ("model", "precision", "batch_size")
 
 
 def time_subject(
@@ -69,36 +71,18 @@ def time_subject(
         tick: Called after each call of `generate`.
     """
     model = subject.model
-    device = model.device
-
-    def call(config: PruMergeConfig | None, inputs: dict[str, torch.Tensor]) -> Measurement:
-        measured = measure(
-            model,
-            inputs,
-            config,
-            backend="auto",
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
-        )
-        tick()
-        return measured
-
-    inputs = subject.preprocess(0, batch)
-    chosen = policies(int((inputs["input_ids"][0] == model.config.image_token_id).sum()))
-    memory = {  # the warm-up as well
-        name: peak_memory(lambda config=config: call(config, inputs), device)
-        for name, config in chosen.items()
-    }
-    measured: dict[str, list[Measurement]] = {name: [] for name in chosen}
+    memory = memory_of_subject(subject, batch=batch, new_tokens=new_tokens, tick=tick)  # warms up
+    measured: dict[str, list[Measurement]] = {name: [] for name in POLICIES}
     preprocessing = []
     for number in range(rounds):
         start = time.perf_counter()
         inputs = subject.preprocess((1 + number) * batch, batch)
         preprocessing.append(time.perf_counter() - start)
-        names = list(chosen)
+        names = list(POLICIES)
         first = number % len(names)
         for name in (*names[first:], *names[:first]):
-            measured[name].append(call(chosen[name], inputs))
+            measured[name].append(_answer(model, inputs, POLICIES[name], new_tokens))
+            tick()
     return [
         {
             "decoder_layers": subject.decoder_layers,
@@ -111,10 +95,49 @@ def time_subject(
             "preprocessing_ms": spread(preprocessing),
             **_row(measured[name], measured[BASELINE]),
             **memory[name],
-            "replay_ms": replayed(model, inputs, config) if device.type == "cuda" else None,
+            "replay_ms": replayed(model, inputs, config) if model.device.type == "cuda" else None,
         }
-        for name, config in chosen.items()
+        for name, config in POLICIES.items()
     ]
+
+
+def memory_of_subject(
+    subject: Subject, *, batch: int, new_tokens: int, tick: Callable[[], None]
+) -> dict[str, dict[str, int]]:
+    """`peak_memory` of an answer to the first batch, for each policy.
+
+    Args:
+        subject: The model.
+        batch: Questions at once.
+        new_tokens: Length of every answer.
+        tick: Called after each call of `generate`.
+    """
+    model, inputs = subject.model, subject.preprocess(0, batch)
+
+    def call(config: PruMergeConfig | None) -> None:
+        _answer(model, inputs, config, new_tokens)
+        tick()
+
+    call(POLICIES["PruMerge"])  # bitsandbytes packs its weights anew in the first call on a CPU
+    return {
+        name: peak_memory(
+            lambda config=config: call(config), (*tensors_of(model), *inputs.values()), model.device
+        )
+        for name, config in POLICIES.items()
+    }
+
+
+def _answer(
+    model: Any, inputs: dict[str, torch.Tensor], config: PruMergeConfig | None, new_tokens: int
+) -> Measurement:
+    return measure(
+        model,
+        inputs,
+        config,
+        backend="auto",
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+    )
 
 
 def _row(measured: list[Measurement], baseline: list[Measurement]) -> dict[str, Any]:
@@ -157,32 +180,6 @@ def ratio(baseline: list[float], ours: list[float]) -> dict[str, float]:
 def _quartiles(values: list[float]) -> dict[str, float]:
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": middle, "p25": low, "p75": high}
-
-
-def peak_memory(call: Callable[[], Any], device: torch.device) -> dict[str, int | None]:
-    """Peaks while something runs, in bytes; `None` where the system keeps no such figure.
-
-    `process`: resident memory, weights included (Linux). `torch`: what PyTorch allocated on the
-    GPU; on a CPU it keeps no count.
-    """
-    reset = Path("/proc/self/clear_refs")
-    if reset.exists():
-        reset.write_text("5")  # proc(5): the peak starts anew from what is resident now
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    before = PROCESS.memory_info().rss
-    call()
-    peak = None
-    if reset.exists():
-        status = Path("/proc/self/status").read_text().split()
-        peak = 1024 * int(status[status.index("VmHWM:") + 1])
-    return {
-        "process_bytes_before": before,
-        "peak_process_bytes": peak,
-        "peak_torch_bytes": torch.cuda.max_memory_allocated(device)
-        if device.type == "cuda"
-        else None,
-    }
 
 
 @torch.inference_mode()
@@ -230,45 +227,14 @@ def main(arguments: list[str]) -> dict[str, Any]:
         InputError: Something given cannot be used.
     """
     options = _options(arguments)
-    device = resolve_device(options.device)
-    cells = list(itertools.product(options.model, options.precision, options.batch_size))
-    settings = {key: getattr(options, key) for key in ("rounds", "new_tokens")}
-    settings["attention"] = "sdpa"
-    result = _resumed(options.output, settings, report.provenance([], device))
-    command = ["python", "bench/end_to_end.py", *arguments]
-    done = {
-        (row["model"], row["precision"], row["batch_size"])
-        for row in result["rows"]
-        # Other numbers of layers are other rows.
-        if row["model"] == "demo" or options.layers in (None, row["decoder_layers"])
-    }
-    calls = (1 + options.rounds) * (3 + len(KEEPS))
+    run = report.provenance([], resolve_device(options.device))
+    run["command"] = ["python", "bench/end_to_end.py", *arguments]
+    result = _resumed(options, run)
     with Progress(console=report.messages()) as progress:
-        for model, precision in dict.fromkeys(cell[:2] for cell in cells):
-            batches = [
-                b for b in dict.fromkeys(options.batch_size) if (model, precision, b) not in done
-            ]
-            if not batches:
-                continue
-            name = f"{model}, {precision}"
-            bar = progress.add_task(f"{name}: loading", total=calls * len(batches))
-            subject = _subject(model, precision, device, options.layers)
-            for batch in batches:
-                progress.update(bar, description=f"{name}, batch of {batch}")
-                rows = time_subject(
-                    subject,
-                    batch=batch,
-                    rounds=options.rounds,
-                    new_tokens=options.new_tokens,
-                    tick=lambda bar=bar: progress.advance(bar),
-                )
-                result["rows"] += [
-                    {"model": model, "precision": precision, "command": command, **row}
-                    for row in rows
-                ]
-                _write(options.output, result)
-            progress.update(bar, completed=calls * len(batches))
-            del subject
+        if options.memory_only:
+            _fill_in_memory(options, result, run, progress)
+        else:
+            _time_cells(options, result, run["command"], progress)
     if options.as_json:
         report.print_json(result)
     else:
@@ -276,8 +242,76 @@ def main(arguments: list[str]) -> dict[str, Any]:
     return result
 
 
+def _time_cells(
+    options: argparse.Namespace, result: dict[str, Any], command: list[str], progress: Progress
+) -> None:
+    """Adds the rows of all cells that the result does not hold."""
+    done = [tuple(row[name] for name in CELL) for row in result["rows"] if _layers(options, row)]
+    calls = 1 + (1 + options.rounds) * len(POLICIES)
+    for model, precision in itertools.product(options.model, options.precision):
+        batches = [b for b in options.batch_size if (model, precision, b) not in done]
+        if not batches:
+            continue
+        name = f"{model}, {precision}"
+        bar = progress.add_task(f"{name}: loading", total=calls * len(batches))
+        subject = _subject(model, precision, options.device, options.layers)
+        for batch in batches:
+            progress.update(bar, description=f"{name}, batch of {batch}")
+            rows = time_subject(
+                subject,
+                batch=batch,
+                rounds=options.rounds,
+                new_tokens=options.new_tokens,
+                tick=lambda bar=bar: progress.advance(bar),
+            )
+            result["rows"] += [
+                {"model": model, "precision": precision, "command": command, **row} for row in rows
+            ]
+            _write(options.output, result)
+        del subject
+
+
+def _fill_in_memory(
+    options: argparse.Namespace, result: dict[str, Any], run: dict[str, Any], progress: Progress
+) -> None:
+    """Adds the peak memory to those rows of the cells that lack it.
+
+    `memory_runs` says what each was taken with, by its number in the row's `memory_run`.
+    """
+    lacking: dict[tuple[Any, ...], dict[int, list[dict[str, Any]]]] = {}  # by model and batch
+    for row in result["rows"]:
+        asked = all(row[name] in getattr(options, name) for name in CELL) and _layers(options, row)
+        if asked and row["peak_torch_bytes"] is None and row["policy"] in POLICIES:
+            key = (row["model"], row["precision"], row["decoder_layers"])
+            lacking.setdefault(key, {}).setdefault(row["batch_size"], []).append(row)
+    for (model, precision, layers), batches in lacking.items():
+        name = f"memory of {model}, {precision}"
+        bar = progress.add_task(f"{name}: loading", total=(1 + len(POLICIES)) * len(batches))
+        subject = _subject(model, precision, options.device, layers)
+        for batch, rows in batches.items():
+            progress.update(bar, description=f"{name}, batch of {batch}")
+            found = memory_of_subject(
+                subject,
+                batch=batch,
+                new_tokens=options.new_tokens,
+                tick=lambda bar=bar: progress.advance(bar),
+            )
+            runs = result.setdefault("memory_runs", [])
+            if run not in runs:
+                runs.append(run)
+            for row in rows:
+                row |= {**found[row["policy"]], "memory_run": runs.index(run)}
+            _write(options.output, result)
+        del subject
+
+
+def _layers(options: argparse.Namespace, row: dict[str, Any]) -> bool:
+    """Whether a row is of the number of layers asked for: other numbers are other rows."""
+    return row["model"] == "demo" or options.layers in (None, row["decoder_layers"])
+
+
 def _options(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = script.Parser(description=__doc__.splitlines()[0])
     whole = _whole_number
     parser.add_argument("--output", type=Path, required=True, help="the result file (JSON)")
     parser.add_argument("--model", nargs="+", choices=MODELS, default=MODELS)
@@ -291,13 +325,22 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=whole, default=5, help="timed calls of each policy")
     parser.add_argument("--new-tokens", type=whole, default=8, help="length of every answer")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:INDEX")
+    parser.add_argument(
+        "--memory-only",
+        action="store_true",
+        help="time nothing, add the peak memory to rows of the result file that lack it",
+    )
     parser.add_argument("--json", action="store_true", dest="as_json", help="print the results")
     options = parser.parse_args(arguments)
+    for name in CELL:
+        setattr(options, name, list(dict.fromkeys(getattr(options, name))))  # each once
     for name in ("rounds", "new_tokens"):
         if getattr(options, name) < 2:
             parser.error(f"--{name.replace('_', '-')}: expected at least 2, got 1")
-    if options.layers is not None and options.layers > DECODER_LAYERS:
-        parser.error(f"--layers: expected at most {DECODER_LAYERS}, got {options.layers}")
+    for name, most in (("layers", DECODER_LAYERS), ("batch_size", MOST_QUESTIONS)):
+        given = getattr(options, name) or 0
+        if (largest := max(given) if isinstance(given, list) else given) > most:
+            parser.error(f"--{name.replace('_', '-')}: expected at most {most}, got {largest}")
     if "nf4" in options.precision and importlib.util.find_spec("bitsandbytes") is None:
         parser.error("--precision: expected bitsandbytes to be installed for nf4, got none")
     return options
@@ -309,48 +352,57 @@ def _whole_number(value: str) -> int:
     return int(value)
 
 
-def _subject(model: str, precision: str, device: torch.device, layers: int | None) -> Subject:
+def _subject(model: str, precision: str, device: str, layers: int | None) -> Subject:
+    found = resolve_device(device)
     if model == "demo":
-        return demo(precision, device)
-    return real_shape(precision, device, layers or layers_that_fit(precision, device))
+        return demo(precision, found)
+    return real_shape(precision, found, layers or layers_that_fit(precision, found))
 
 
-def _resumed(path: Path, settings: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
-    """What the file holds, or an empty result, which is written."""
-    del run["command"]  # each row has its own
-    run["settings"] = settings
-    try:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _write(path, {**run, "rows": []})
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"--output: expected a writable file with results of an earlier run or none, got {path}"
-            f" ({error})"
-        ) from None
-    if not isinstance(found, dict) or "rows" not in found:
-        raise InputError(f"--output: expected a file of this command, got {path}")
-    for key in ("settings", "versions", "machine"):
-        if found.get(key) != run[key]:
+def _resumed(options: argparse.Namespace, run: dict[str, Any]) -> dict[str, Any]:
+    """What the output file holds, or an empty result, which is written."""
+    path, option = options.output, "--output"
+    # Each row has its own command.
+    expected = {key: value for key, value in run.items() if key != "command"}
+    expected["settings"] = {key: getattr(options, key) for key in ("rounds", "new_tokens")}
+    expected["settings"]["attention"] = "sdpa"
+    if not path.exists():
+        if options.memory_only:
+            raise InputError(f"{option}: expected results of an earlier run, got {path}, no file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, {**expected, "rows": []})
+    found = script.read_result(option, path)
+    if not isinstance(found, dict) or not isinstance(found.get("rows"), list):
+        raise InputError(f"{option}: expected a file of this command, got {path}")
+    with script.taking_apart(option, path):
+        # Memory says what it was taken with; times do not, and are of one machine.
+        for key in ("settings",) if options.memory_only else ("settings", "versions", "machine"):
+            if found[key] != expected[key]:
+                raise InputError(
+                    f"{option}: expected a new file or one with {key} {expected[key]}, got {path} "
+                    f"with {found[key]}"
+                )
+        if found["machine"]["device"] != expected["machine"]["device"]:
             raise InputError(
-                f"--output: expected a new file or one with {key} {run[key]}, got {path} with "
-                f"{found.get(key)}"
+                f"--device: expected that of the rows in {path}, {found['machine']['device']}, "
+                f"got {expected['machine']['device']}"
             )
+        summary(found)  # before anything is measured: each row has what its table is made of
     return found
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:
     whole = path.with_suffix(".tmp")
-    whole.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    whole.replace(path)
+    try:
+        whole.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        whole.replace(path)
+    except (OSError, ValueError) as error:  # the latter for names that UTF-8 cannot hold
+        with contextlib.suppress(OSError):
+            whole.unlink(missing_ok=True)
+        raise InputError(
+            f"--output: expected a file that can be written, got {path} ({error})"
+        ) from None
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        print(f"end_to_end.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    script.run(main)

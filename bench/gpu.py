@@ -11,13 +11,16 @@ way: the bandwidth that the figures in GB/s are to be held against.
 
 from __future__ import annotations
 
-import argparse
+import script
+
+if __name__ == "__main__":
+    script.interruptible()
+
 import datetime
 import functools
 import json
 import re
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -110,7 +113,7 @@ def time_copy(device: torch.device) -> dict[str, float]:
 
 def main(arguments: list[str]) -> Path:
     """Writes the result file and returns where it is."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = script.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", help="cuda (default) or cpu")
     parser.add_argument(
         "--only", default="", help="regular expression of the names of the cases to time"
@@ -137,8 +140,9 @@ def main(arguments: list[str]) -> Path:
         result["cases"].append(row)
         print(case, row.get("p50_ms", "skipped"), flush=True)
         path.write_text(json.dumps(result, indent=1) + "\n")  # what is done stays, if it stops
+    print(f"wrote {path}")
     return path
 
 
 if __name__ == "__main__":
-    print(f"wrote {main(sys.argv[1:])}")
+    script.run(main)

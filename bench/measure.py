@@ -12,7 +12,6 @@ was stopped. Nothing else should run on the machine meanwhile. The demo model is
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import shutil
@@ -21,6 +20,8 @@ import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
+
+import script
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -127,7 +128,7 @@ def run(step: Step) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the steps named, or all that an earlier call has not done yet."""
     names = [step.name for step in STEPS]
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = script.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("steps", nargs="*", metavar="STEP", help=f"of {', '.join(names)}")
     parser.add_argument("--list", action="store_true", help="print the steps, measure nothing")
     options = parser.parse_args(arguments)
@@ -159,7 +160,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    script.run(main)

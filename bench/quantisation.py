@@ -7,10 +7,11 @@ Runs `prumerge-fast compare --json` once for each, and keeps what it says but fo
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 from pathlib import Path
+
+import script
 
 RESULTS = Path(__file__).parent / "results"
 PRECISIONS: dict[str, list[str]] = {
@@ -21,7 +22,7 @@ PRECISIONS: dict[str, list[str]] = {
 
 
 def main(arguments: list[str] | None = None) -> Path:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = script.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", default="1000", help="questions")
     parser.add_argument("--output", type=Path, default=RESULTS / "demo-quantised.json")
     options = parser.parse_args(arguments)
@@ -32,8 +33,9 @@ def main(arguments: list[str] | None = None) -> Path:
         runs[name] = json.loads(done.stdout)
         del runs[name]["answers"]
     options.output.write_text(json.dumps(runs, indent=2) + "\n")
+    print(options.output)
     return options.output
 
 
 if __name__ == "__main__":
-    print(main())
+    script.run(main)

@@ -10,12 +10,14 @@ screenshot carries the checksum of the comparison that it shows, for a test to c
 
 from __future__ import annotations
 
-import argparse
+import script
+
+if __name__ == "__main__":
+    script.interruptible()
+
 import hashlib
 import io
-import json
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,40 +114,32 @@ def screenshot(source: Path, output: Path, checksum: str) -> None:
     picture.convert("RGB").quantize(256, kmeans=1).save(output, optimize=True, pnginfo=note)
 
 
-def _read(option: str, path: Path) -> tuple[bytes, dict[str, Any]]:
-    """A result file as it is and as what it says."""
-    try:
-        content = path.read_bytes()
-        return content, json.loads(content)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{option}: expected a result file (JSON), got {path} ({error})") from None
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Writes the page, and the excerpt if it is asked for.
 
     Raises:
         InputError: Something given cannot be used.
     """
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = script.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--compare", type=Path, default=RESULTS / "demo-compare.json")
     parser.add_argument("--accuracy", type=Path, default=RESULTS / "demo-accuracy.json")
     parser.add_argument("--output", type=Path, default=Path("report.html"))
     parser.add_argument("--screenshot", type=Path, help="a PNG")
     options = parser.parse_args(arguments)
-    content, run = _read("--compare", options.compare)
-    _, accuracy = _read("--accuracy", options.accuracy)
-    with page.writable(options.output) as file:
-        loaded = load(None, dtype=run["settings"]["dtype"], device="cpu")
-        pictures = page.panels(loaded, run, image_by_name)
-        page.write(file, page.render(run, pictures, curves(accuracy), note(accuracy)))
+    run = script.read_result("--compare", options.compare)
+    accuracy = script.read_result("--accuracy", options.accuracy)
+    with script.taking_apart("--accuracy", options.accuracy):
+        plot = curves(accuracy), note(accuracy)
+    with page.writable(options.output, "--output") as file:
+        with script.taking_apart("--compare", options.compare):
+            loaded = load(None, dtype=run["settings"]["dtype"], device="cpu")
+            pictures = page.panels(loaded, run, image_by_name)
+            content = page.render(run, pictures, *plot)
+        page.write(file, content)
     if options.screenshot:
-        screenshot(options.output, options.screenshot, hashlib.sha256(content).hexdigest())
+        checksum = hashlib.sha256(options.compare.read_bytes()).hexdigest()
+        screenshot(options.output, options.screenshot, checksum)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"report.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    script.run(main)

@@ -10,7 +10,11 @@ image with 52 centres. The bounds are those of the instruction roofline model (D
 
 from __future__ import annotations
 
-import argparse
+import script
+
+if __name__ == "__main__":
+    script.interruptible()
+
 import dataclasses
 import hashlib
 import json
@@ -121,7 +125,7 @@ def kernel_digest() -> str:
 
 def main(arguments: list[str]) -> None:
     """Writes the report."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = script.Parser(description=__doc__.splitlines()[0])
     default = ROOT / "bench" / "results" / "static-report.json"
     parser.add_argument("--output", type=Path, default=default, help="the result file (JSON)")
     path = parser.parse_args(arguments).output
@@ -139,4 +143,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    script.run(main)

@@ -10,12 +10,9 @@ matplotlib, the excerpt of the report Chromium and playwright (`pip install -e "
 
 from __future__ import annotations
 
-import argparse
 import functools
 import hashlib
-import json
 import re
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +23,11 @@ import cost_tables
 import demo_tables
 import end_to_end_tables
 import kernel_tables
+import script
 import support_table
 from PIL import Image
+
+from prumerge_fast.cli.inputs import InputError
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -125,7 +125,7 @@ def end_to_end(*, only: tuple[str, str, int] | None = None) -> str:
     """What `bench/end_to_end.py` measured, by one command or several.
 
     Args:
-        only: Model, precision and batch size of one table; `None` for all.
+        only: Model, precision and batch size of one table, the README's; `None` for all.
     """
     name = "end-to-end-cpu.json"
     run = _read(name)
@@ -136,7 +136,8 @@ def end_to_end(*, only: tuple[str, str, int] | None = None) -> str:
     ]
     commands = dict.fromkeys(" ".join(row["command"]) for row in rows)
     run |= {"rows": rows, "command": ["`, `".join(commands)]}
-    return f"{end_to_end_tables.markdown(run)}\n\n{_provenance(run, name)}"
+    spreads = "[docs/end-to-end.md](docs/end-to-end.md)" if only else None
+    return f"{end_to_end_tables.markdown(run, spreads_in=spreads)}\n\n{_provenance(run, name)}"
 
 
 def _from_run(name: str, table: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
@@ -150,7 +151,7 @@ def _from_run(name: str, table: Callable[[dict[str, Any]], str]) -> Callable[[],
 
 
 def _read(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / name).read_text())
+    return script.read_result(f"bench/results/{name}", RESULTS / name)
 
 
 def _provenance(run: dict[str, Any], name: str) -> str:
@@ -207,20 +208,63 @@ def shows(picture: Path, results: Path) -> bool:
         return image.info.get("Results") == hashlib.sha256(results.read_bytes()).hexdigest()
 
 
+def check_markers(texts: dict[str, str]) -> None:
+    """Makes sure that no table escapes `updated`: by name of the document, its text.
+
+    Raises:
+        InputError: A marker lacks its other half, or a table is unknown or nowhere.
+    """
+    used = set()
+    for document, text in texts.items():
+        opened = None
+        # Misspelt ones too, as far as they can be told.
+        for marker in re.findall(r"<!--[^>]*\bresults:[^>]*-->", text):
+            name = marker.removeprefix("<!-- results:").removesuffix(" -->")
+            if opened is not None:
+                if marker != f"<!-- /results:{opened} -->":
+                    raise InputError(
+                        f"{document}: expected <!-- /results:{opened} -->, got {marker}"
+                    )
+                opened = None
+            elif name in TABLES:
+                opened = name
+                used.add(name)
+            else:
+                raise InputError(
+                    f"{document}: expected <!-- results:NAME --> with NAME one of "
+                    f"{', '.join(TABLES)}, got {marker}"
+                )
+        if opened is not None:
+            raise InputError(f"{document}: expected <!-- /results:{opened} -->, got none")
+    for name in TABLES:
+        if name not in used:
+            raise InputError(
+                f"documents: expected <!-- results:{name} --> in one of them, got none"
+            )
+
+
 def updated(text: str) -> str:
     """A document with every table written anew."""
 
     def replace(match: re.Match[str]) -> str:
-        return f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}"
+        with script.taking_apart(f"table {match[2]}", RESULTS):
+            table = TABLES[match[2]]()
+        return f"{match[1]}\n{table}\n{match[3]}"
 
     pattern = r"(<!-- results:(\w+) -->).*?(<!-- /results:\2 -->)"
     return re.sub(pattern, replace, text, flags=re.DOTALL)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: list[str]) -> int:
+    """Writes what is stale, or says so, and returns the exit code.
+
+    Raises:
+        InputError: A document or a result file is not as it should be, or a tool is not there.
+    """
+    parser = script.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, only compare")
-    check = parser.parse_args().check
+    check = parser.parse_args(arguments).check
+    check_markers({str(path.relative_to(ROOT)): path.read_text() for path in DOCUMENTS})
     texts = [path for path in DOCUMENTS if updated(path.read_text()) != path.read_text()]
     pictures = [path for path, (name, _) in PICTURES.items() if not shows(path, RESULTS / name)]
     stale = texts + pictures
@@ -231,9 +275,14 @@ def main() -> int:
     for path in texts:
         path.write_text(updated(path.read_text()))
     for path in pictures:
-        PICTURES[path][1](path)
+        try:
+            PICTURES[path][1](path)
+        except ModuleNotFoundError as error:
+            raise InputError(
+                f"{path.relative_to(ROOT)}: expected {error.name} to be installed, got none"
+            ) from None
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script.run(main)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import signal
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from prumerge_fast.cli.inputs import InputError
 
 BENCH = Path(__file__).parents[1] / "bench"
 CASE = "1-196-192-float32-prumerge-"
@@ -18,6 +23,56 @@ CASE = "1-196-192-float32-prumerge-"
 def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(BENCH)
     return importlib.import_module("gpu")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends itself a signal")
+@pytest.mark.parametrize("name", ["end_to_end", "report", "gpu", "static_report"])
+def test_interrupted_while_it_imports(name: str, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, BENCH / f"{name}.py"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_ends_of_scripts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+    script = importlib.import_module("script")
+    monkeypatch.setattr(sys, "argv", ["/some/where/x.py", "--a"])
+
+    def end(result: object) -> object:
+        def main(arguments: list[str]) -> object:
+            assert arguments == ["--a"]
+            if isinstance(result, BaseException):
+                raise result
+            return result
+
+        with pytest.raises(SystemExit) as ended:
+            script.run(main)
+        return ended.value.code
+
+    assert end(None) == end(Path("x")) == 0
+    assert end(1) == 1
+    assert end(KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err == ""
+    assert end(InputError("--a: expected b,\ngot c")) == 2
+    assert capsys.readouterr().err == "x.py: --a: expected b, got c\n"
+    assert end(FileNotFoundError(2, "No such file", "y")) == 2
+    assert capsys.readouterr().err.startswith("x.py: expected a file that can be read or written")
+
+
+def test_interrupts_that_are_ignored_stay_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+    script = importlib.import_module("script")
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        script.interruptible()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_gpu_benchmark_on_a_cpu(gpu: ModuleType, tmp_path: Path) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 import weakref
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +32,21 @@ def end_to_end() -> ModuleType:
     return importlib.import_module("end_to_end")
 
 
+@pytest.fixture
+def peak_memory() -> ModuleType:
+    return importlib.import_module("peak_memory")
+
+
+@pytest.fixture
+def empty(end_to_end: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A result file without rows, to which nothing is added."""
+    path = tmp_path / "result.json"
+    monkeypatch.setattr(end_to_end, "_subject", lambda *_: None)
+    monkeypatch.setattr(end_to_end, "time_subject", lambda *_, **__: [])
+    end_to_end.main([*SMALL, "--output", str(path)])
+    return path
+
+
 def test_rows_of_the_demo_model(end_to_end, tmp_path, capsys):
     path = tmp_path / "result.json"
     returned = end_to_end.main([*SMALL, "--batch-size", "2", "--output", str(path), "--json"])
@@ -51,17 +67,101 @@ def test_rows_of_the_demo_model(end_to_end, tmp_path, capsys):
         assert found["decode"] == pytest.approx(2 * found["decode_step"])
         # Medians of two rounds are means, so that sums hold.
         assert found["total"] == pytest.approx(found["first_token"] + found["decode"])
-        assert row["process_bytes_before"] > 0
+        assert row["peak_torch_bytes"] > row["torch_bytes_before"] > 0
+        assert "memory_run" not in row
+    share = importlib.import_module("end_to_end_tables").pruner_share
+    assert share(plain) is None
+    medians = budget["milliseconds"]
+    assert share(budget) == medians["prune_merge"]["median"] / medians["vision"]["median"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
-def test_peak_of_the_process_is_of_the_call_alone(end_to_end):
-    cpu, size = torch.device("cpu"), 1 << 28
-    large = end_to_end.peak_memory(lambda: torch.ones(size, dtype=torch.uint8), cpu)
-    small = end_to_end.peak_memory(lambda: None, cpu)
-    for found, grown in ((large, size), (small, 0)):
-        growth = found["peak_process_bytes"] - found["process_bytes_before"]
-        assert growth == pytest.approx(grown, abs=1 << 25)
+def known(hold: list[torch.Tensor] | None = None) -> torch.Tensor:
+    """Holds at most 9 MB that it allocated itself, 3 of them before it allocates the last."""
+    first = torch.empty(1_000_000, dtype=torch.uint8)
+    second = torch.empty(5_000_000, dtype=torch.uint8)
+    if hold is not None:
+        hold.clear()
+    del first
+    third = torch.empty(4_000_000, dtype=torch.uint8)
+    del second, third
+    return torch.empty(3_000_000, dtype=torch.uint8)
+
+
+def test_peak_of_a_known_case(peak_memory):
+    cpu, held = torch.device("cpu"), torch.empty(500, dtype=torch.uint8)
+    expected = {"torch_bytes_before": 500, "peak_torch_bytes": 500 + 9_000_000}
+    for _ in range(3):  # what an earlier call left behind is none of the next one's
+        assert peak_memory.peak_memory(known, [held, held[:9]], cpu) == expected
+    # What was there before counts to the end, also where the profiler has seen where it came from.
+    hold: list[torch.Tensor] = []
+    peak_memory.peak_memory(lambda: hold.append(torch.empty(7_000_000, dtype=torch.uint8)), [], cpu)
+    found = peak_memory.peak_memory(lambda: known(hold), hold, cpu)
+    assert found == {"torch_bytes_before": 7_000_000, "peak_torch_bytes": 16_000_000}
+
+
+def test_what_is_held_before(peak_memory):
+    model = torch.nn.BatchNorm1d(10, dtype=torch.float64)
+    inner = SimpleNamespace(absmax=torch.zeros(3), code=torch.zeros(4))
+    model.weight.quant_state = SimpleNamespace(absmax=torch.zeros(5), state2=inner, dtype=None)
+    model.bias.data = model.running_mean  # shared, so counted once
+    found = peak_memory.storage_bytes(peak_memory.tensors_of(model))
+    assert found == 8 * (10 + 10 + 10 + 1) + 4 * (3 + 4 + 5)
+
+
+@pytest.mark.parametrize("precision", ["float32", "nf4"])
+def test_memory_of_the_demo_model(end_to_end, monkeypatch, precision):
+    """It is less with fewer tokens, and the same in whatever order the policies run."""
+    subject = end_to_end.demo(precision, torch.device("cpu"))
+    ordered = end_to_end.memory_of_subject(subject, batch=2, new_tokens=3, tick=lambda: None)
+    backwards = dict(reversed(end_to_end.POLICIES.items()))
+    monkeypatch.setattr(end_to_end, "POLICIES", backwards)
+    again = end_to_end.memory_of_subject(subject, batch=2, new_tokens=3, tick=lambda: None)
+    assert list(again) == list(backwards)
+    assert again == ordered
+    peaks = {name: found["peak_torch_bytes"] for name, found in ordered.items()}
+    assert max(peaks, key=peaks.get) == "LLaVA"
+    budgets = [peaks[f"PruMerge, keep {n}"] for n in (32, 64, 144)]
+    assert budgets == sorted(budgets)
+    assert budgets[-1] < peaks["LLaVA"]
+    weights = sum(parameter.nbytes for parameter in subject.model.parameters())
+    assert all(found["torch_bytes_before"] > weights for found in ordered.values())
+
+
+def test_memory_is_added_to_rows_that_lack_it(end_to_end, tmp_path, monkeypatch):
+    path = tmp_path / "result.json"
+    arguments = [*SMALL, "--batch-size", "1", "2", "--output", str(path)]
+    timed = end_to_end.main(arguments)
+    earlier = json.loads(path.read_text())
+    for row in earlier["rows"][:6]:  # the batch of 1
+        row["peak_torch_bytes"] = None
+        del row["torch_bytes_before"]
+    earlier["versions"]["torch"] = earlier["machine"]["platform"] = "another"
+    path.write_text(json.dumps(earlier))
+    monkeypatch.setattr(end_to_end, "time_subject", None)
+    command = [*arguments, "--memory-only"]
+    found = end_to_end.main(command)
+    assert found["rows"] == [
+        *({**row, "memory_run": 0} for row in timed["rows"][:6]),
+        *timed["rows"][6:],
+    ]
+    (run,) = found["memory_runs"]
+    assert run["command"] == ["python", "bench/end_to_end.py", *command]
+    assert run["versions"] == timed["versions"]
+    assert found["versions"] == earlier["versions"]  # still those of the times
+    markdown = importlib.import_module("end_to_end_tables").markdown
+    assert f"`--memory-only`, {run['date'][:10]}, torch {torch.__version__}" in markdown(found)
+    assert "It is – where" in markdown(earlier)
+    before = path.read_text()
+    end_to_end.main(command)  # nothing is lacking
+    assert path.read_text() == before
+    earlier["machine"]["device"] = "a GPU"
+    path.write_text(json.dumps(earlier))
+    with pytest.raises(InputError, match=r"--device: expected .* a GPU, got cpu"):
+        end_to_end.main(command)
+    path.unlink()
+    with pytest.raises(InputError, match="--output: expected results of an earlier run"):
+        end_to_end.main(command)
+    assert not path.exists()
 
 
 def test_goes_on_from_its_file(end_to_end, tmp_path, monkeypatch):
@@ -100,13 +200,43 @@ def test_other_numbers_of_layers_are_other_rows(end_to_end, tmp_path, monkeypatc
     assert [row["decoder_layers"] for row in rows] == [2, 3]
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", None])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("{", "[]", "{}", "3", '{"rows": 3}', '{"rows": null}', '{"rows": {}}'),
+        *('{"rows": [{}]}', '{"rows": []}', "[" * 100_000, None),
+    ],
+)
 def test_output_that_is_no_result(end_to_end, tmp_path, monkeypatch, content):
     path = tmp_path / "result.json"
     path.mkdir() if content is None else path.write_text(content)
     monkeypatch.setattr(end_to_end, "_subject", None)  # nothing is loaded
     with pytest.raises(InputError, match=r"--output: expected a .*result\.json"):
         end_to_end.main([*SMALL, "--output", str(path)])
+
+
+@pytest.mark.parametrize("rows", [[{}], [3], [None, {}], [{"model": "demo"}]])
+def test_rows_that_are_none(end_to_end, empty, rows):
+    empty.write_text(json.dumps({**json.loads(empty.read_text()), "rows": rows}))
+    with pytest.raises(InputError, match=r"--output: expected a .*result\.json"):
+        end_to_end.main([*SMALL, "--output", str(empty)])
+
+
+@pytest.mark.parametrize("fails", ["write_text", "replace"])
+def test_full_disk(end_to_end, empty, monkeypatch, fails):
+    """It says so in one line, and what the file held stays."""
+    before = empty.read_text()
+    real = getattr(Path, fails)
+
+    def fail(path, *arguments):
+        real(path, arguments[0][:10]) if fails == "write_text" else None
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, fails, fail)
+    with pytest.raises(InputError, match=r"--output: expected a file that can be written, .*space"):
+        end_to_end.main([*SMALL, "--output", str(empty)])
+    assert [path.name for path in empty.parent.iterdir()] == [empty.name]
+    assert empty.read_text() == before
 
 
 def test_weights_of_16_bits_are_gone_before_those_of_4_come(monkeypatch):
@@ -141,16 +271,70 @@ def test_four_bits_without_bitsandbytes(end_to_end, tmp_path, monkeypatch, capsy
         (["--layers", "33"], "--layers: expected at most 32, got 33"),
         (["--rounds", "1"], "--rounds: expected at least 2, got 1"),
         (["--batch-size", "0"], "expected a whole number >= 1, got 0"),
-        (["--model", "gpt"], "invalid choice: 'gpt'"),
-        (["--device", "cuda:99"], "--device: expected one of"),
+        (["--batch-size", "1", "9999999999999"], "--batch-size: expected at most 1024, got 99999"),
+        (["--model", "gpt"], "--model: invalid choice: 'gpt'"),
     ],
 )
-def test_bad_options(tmp_path, arguments, says):
-    command = [sys.executable, BENCH / "end_to_end.py", "--output", tmp_path / "x", *arguments]
+def test_bad_options(end_to_end, capsys, arguments, says):
+    with pytest.raises(SystemExit, match="2"):
+        end_to_end.main(["--output", "x", *arguments])
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+
+
+def test_bad_device_of_the_command(tmp_path):
+    command = [sys.executable, BENCH / "end_to_end.py", "--device", "cuda:99"]
+    command += ["--output", tmp_path / "x"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert says in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("end_to_end.py: --device: expected one of")
+    assert done.stderr.count("\n") == 1
+
+
+def test_pruner_takes_less_than_a_percent_of_the_tower():
+    """At ViT-L/14-336, as docs/end-to-end.md says."""
+    tables = importlib.import_module("end_to_end_tables")
+    result = json.loads((BENCH / "results" / "end-to-end-cpu.json").read_text())
+    rows = [row for row in result["rows"] if row["model"] == "llava-1.5-7b"]
+    shares = [share for share in map(tables.pruner_share, rows) if share is not None]
+    assert len(shares) == 5 * len(rows) / 6 > 0
+    assert min(shares) > 0
+    assert max(shares) < 0.01
+
+
+def test_committed_memory_is_less_with_fewer_tokens():
+    result = json.loads((BENCH / "results" / "end-to-end-cpu.json").read_text())
+    cells = {}
+    for row in result["rows"]:
+        name = tuple(row[key] for key in ("model", "precision", "batch_size"))
+        cells.setdefault(name, {})[row["policy"]] = row["peak_torch_bytes"]
+    for peaks in cells.values():
+        assert None not in peaks.values() or set(peaks.values()) == {None}
+        if None not in peaks.values():
+            budgets = [peaks[f"PruMerge, keep {n}"] for n in (32, 64, 144)]
+            assert budgets == sorted(budgets)
+            assert max(peaks, key=peaks.get) == "LLaVA"
+
+
+def test_tables_with_and_without_the_spread_of_times(end_to_end):
+    tables = importlib.import_module("end_to_end_tables")
+    result = json.loads((BENCH / "results" / "end-to-end-cpu.json").read_text())
+    result["rows"] = [row for row in result["rows"] if row["precision"] == "bfloat16"][-6:]
+    times = result["rows"][1]["milliseconds"]["vision"]
+    times |= {"median": 1234.4, "p25": 1200, "p75": 1300}
+    whole, short = tables.markdown(result), tables.markdown(result, spreads_in="FILE")
+    assert "| 1,234 ± 50 |" in whole
+    assert "| 1,234 |" in short
+    assert "±" not in short
+    assert "how far they spread is in FILE" in short
+    for text in (whole, short):
+        assert re.search(r"\| prefill, times faster \| 1\.00 \(1\.00–1\.00\) \|", text)
+        assert "medians of the stages do not add up" in text
+        assert "without the preprocessing" in text
+        assert "random weights" in text
+    result["rows"] = [{**row, "model": "demo"} for row in result["rows"]]
+    assert "random weights" not in tables.markdown(result)
 
 
 def test_quartiles_of_ratios(end_to_end):

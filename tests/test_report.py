@@ -34,7 +34,9 @@ VOID = {"meta", "img", "path"}
 def bench_report():
     spec = importlib.util.spec_from_file_location("bench_report", ROOT / "bench" / "report.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "bench")
+        spec.loader.exec_module(module)
     return module
 
 
@@ -312,6 +314,24 @@ def test_result_files_that_cannot_be_read(bench_report, tmp_path):
         expected = rf"{option}: expected a result file \(JSON\), got .*{name}"
         with pytest.raises(InputError, match=expected):
             bench_report.main([option, str(tmp_path / name)])
+
+
+@pytest.mark.parametrize("option", ["--compare", "--accuracy"])
+@pytest.mark.parametrize("content", ["{}", "[]", "3", '{"results": {}}', "[" * 100_000, "other"])
+def test_result_files_of_another_kind(bench_report, tmp_path, option, content):
+    path, page_ = tmp_path / "a.json", tmp_path / "report.html"
+    if content == "other":
+        name = "demo-accuracy" if option == "--compare" else "demo-compare"
+        content = (RESULTS / f"{name}.json").read_text()
+    path.write_text(content)
+    with pytest.raises(InputError, match=rf"{option}: expected a result file .*a\.json"):
+        bench_report.main([option, str(path), "--output", str(page_)])
+    assert not page_.exists()
+
+
+def test_output_that_is_no_page(bench_report, tmp_path):
+    with pytest.raises(InputError, match=r"--output: expected a name that ends in \.html"):
+        bench_report.main(["--output", str(tmp_path / "x.png")])
 
 
 # In a real browser. Skipped where there is none, unless PRUMERGE_FAST_BROWSER=1 asks for one.

@@ -42,21 +42,25 @@ class Panel:
 
 
 @contextmanager
-def writable(path: Path) -> Iterator[TextIO]:
+def writable(path: Path, option: str = "--html") -> Iterator[TextIO]:
     """Opens the page's file before there is a page; what it holds stays until `write`.
+
+    Args:
+        path: Of the page.
+        option: That gave the path, for the error.
 
     Raises:
         InputError: The file cannot be written, or its name does not end in .html.
     """
     if path.suffix.lower() not in (".html", ".htm"):
-        raise InputError(f"--html: expected a name that ends in .html, got {path}")
+        raise InputError(f"{option}: expected a name that ends in .html, got {path}")
     new = not path.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # File names may hold what UTF-8 cannot.
         file = path.open("a", encoding="utf-8", errors="replace")
     except OSError as error:
-        raise InputError(f"--html: expected a writable file, got {path} ({error})") from None
+        raise InputError(f"{option}: expected a writable file, got {path} ({error})") from None
     try:
         with file:
             yield file
