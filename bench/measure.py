@@ -152,7 +152,8 @@ def main(arguments: list[str] | None = None) -> int:
         if code:
             print(f"{step.name}: exit code {code}; the same command goes on from here")
             return code
-        done.write_text(time.strftime("%F %T"))
+        if not options.steps:  # of a whole run, which an interruption would begin anew
+            done.write_text(time.strftime("%F %T"))
         print(f"{step.name}: {(time.monotonic() - start) / 60:.1f} min", flush=True)
     if not options.steps:  # the next call begins anew
         shutil.rmtree(ROOT / WORK)

@@ -157,7 +157,7 @@ def test_a_page_that_does_not_fit_loses_nothing(old, tmp_path, capsys, monkeypat
         assert main(arguments) == 2
     captured = capsys.readouterr()
     assert json.loads(captured.out)["questions"] == 2
-    assert captured.err.startswith("prumerge-fast: --html: expected room for the page, got ")
+    assert captured.err.startswith("prumerge-fast: expected room for the page ")
     assert captured.err.count("\n") == 1
     assert [(one, one.read_text()) for one in tmp_path.iterdir()] == ([(path, old)] if old else [])
 

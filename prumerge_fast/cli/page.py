@@ -92,7 +92,7 @@ def write(file: TextIO, content: str) -> None:
             if part.exists():
                 part.unlink()
     except OSError as error:
-        raise InputError(f"--html: expected room for the page, got {error}") from None
+        raise InputError(f"expected room for the page {path}, got {error}") from None
 
 
 def panels(
