@@ -369,7 +369,6 @@ def _resumed(options: argparse.Namespace, run: dict[str, Any]) -> dict[str, Any]
     if not path.exists():
         if options.memory_only:
             raise InputError(f"{option}: expected results of an earlier run, got {path}, no file")
-        path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, {**expected, "rows": []})
     found = script.read_result(option, path)
     if not isinstance(found, dict) or not isinstance(found.get("rows"), list):
@@ -394,6 +393,7 @@ def _resumed(options: argparse.Namespace, run: dict[str, Any]) -> dict[str, Any]
 def _write(path: Path, result: dict[str, Any]) -> None:
     whole = path.with_suffix(".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         whole.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
         whole.replace(path)
     except (OSError, ValueError) as error:  # the latter for names that UTF-8 cannot hold

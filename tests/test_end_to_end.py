@@ -222,6 +222,11 @@ def test_rows_that_are_none(end_to_end, empty, rows):
         end_to_end.main([*SMALL, "--output", str(empty)])
 
 
+def test_output_below_a_file(end_to_end, empty):
+    with pytest.raises(InputError, match=r"--output: expected a file that can be written"):
+        end_to_end.main([*SMALL, "--output", str(empty / "x.json")])
+
+
 @pytest.mark.parametrize("fails", ["write_text", "replace"])
 def test_full_disk(end_to_end, empty, monkeypatch, fails):
     """It says so in one line, and what the file held stays."""

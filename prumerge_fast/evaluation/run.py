@@ -214,7 +214,8 @@ def _header(
     """What answers depend on, so that a run is resumed only with the same."""
     asked = [[item.question_id, item.image, item.text] for item in items]
     run = report.provenance(options.command, loaded.device)
-    del run["machine"]["platform"]  # an update of the system changes no answer
+    # An update of the system changes no answer, nor do more cores to answer with.
+    machine = {name: run["machine"][name] for name in ("processor", "device")}
     try:
         pictures = fingerprint.of_files(images)
     except OSError as error:
@@ -232,7 +233,7 @@ def _header(
         "model_settings": fingerprint.of_settings(loaded.model, loaded.processor),
         "code": fingerprint.of_files(fingerprint.code_files()),
         **{f"{package}_version": version for package, version in run["versions"].items()},
-        **run["machine"],
+        **machine,
     }
 
 
