@@ -315,11 +315,9 @@ def test_committed_memory_is_less_with_fewer_tokens():
         name = tuple(row[key] for key in ("model", "precision", "batch_size"))
         cells.setdefault(name, {})[row["policy"]] = row["peak_torch_bytes"]
     for peaks in cells.values():
-        assert None not in peaks.values() or set(peaks.values()) == {None}
-        if None not in peaks.values():
-            budgets = [peaks[f"PruMerge, keep {n}"] for n in (32, 64, 144)]
-            assert budgets == sorted(budgets)
-            assert max(peaks, key=peaks.get) == "LLaVA"
+        budgets = [peaks[f"PruMerge, keep {n}"] for n in (32, 64, 144)]
+        assert budgets == sorted(budgets)
+        assert max(peaks, key=peaks.get) == "LLaVA"
 
 
 def test_tables_with_and_without_the_spread_of_times(end_to_end):
