@@ -119,6 +119,7 @@ def test_memory_of_the_demo_model(end_to_end, monkeypatch, precision):
     assert list(again) == list(backwards)
     assert again == ordered
     peaks = {name: found["peak_torch_bytes"] for name, found in ordered.items()}
+    del peaks["PruMerge+"]  # which may keep every token, and the supplement
     assert max(peaks, key=peaks.get) == "LLaVA"
     budgets = [peaks[f"PruMerge, keep {n}"] for n in (32, 64, 144)]
     assert budgets == sorted(budgets)
