@@ -19,7 +19,6 @@ if __name__ == "__main__":
     script.interruptible()
 
 import argparse
-import contextlib
 import importlib.util
 import itertools
 import json
@@ -40,6 +39,7 @@ from subjects import DECODER_LAYERS, DTYPES, Subject, demo, layers_that_fit, rea
 from prumerge_fast.cli import report
 from prumerge_fast.cli.inputs import InputError
 from prumerge_fast.cli.models import resolve_device
+from prumerge_fast.cli.room import write_whole
 from prumerge_fast.cli.stages import Measurement, measure
 from prumerge_fast.config import PruMergeConfig
 from prumerge_fast.dispatch import prune_merge
@@ -391,14 +391,10 @@ def _resumed(options: argparse.Namespace, run: dict[str, Any]) -> dict[str, Any]
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:
-    whole = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-        whole.replace(path)
+        write_whole(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n", errors="strict")
     except (OSError, ValueError) as error:  # the latter for names that UTF-8 cannot hold
-        with contextlib.suppress(OSError):
-            whole.unlink(missing_ok=True)
         raise InputError(
             f"--output: expected a file that can be written, got {path} ({error})"
         ) from None

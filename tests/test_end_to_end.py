@@ -234,7 +234,7 @@ def test_full_disk(end_to_end, empty, monkeypatch, fails):
     before = empty.read_text()
     real = getattr(Path, fails)
 
-    def fail(path, *arguments):
+    def fail(path, *arguments, **_):
         real(path, arguments[0][:10]) if fails == "write_text" else None
         raise OSError(28, "No space left on device")
 

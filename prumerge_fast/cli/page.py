@@ -22,7 +22,7 @@ from prumerge_fast.cli.chart import Point, Series, chart
 from prumerge_fast.cli.inputs import InputError
 from prumerge_fast.cli.models import Loaded
 from prumerge_fast.cli.pictures import Grid, data_uri, look
-from prumerge_fast.cli.room import NO_ROOM
+from prumerge_fast.cli.room import NO_ROOM, write_whole
 from prumerge_fast.config import PruMergeConfig
 
 MOST_QUESTIONS = 24  # with pictures; they are what makes the page large
@@ -76,21 +76,15 @@ def write(file: TextIO, content: str) -> None:
     Raises:
         InputError: There is no room for it.
     """
-    path = Path(file.name).resolve()
-    part = path.with_name(f"{path.name}.part")
+    path = Path(file.name)
     file.close()  # or Windows would not replace it
-    options: Any = {"encoding": "utf-8", "errors": "replace"}
     try:
         try:
-            part.write_text(content, **options)
-            part.replace(path)
+            write_whole(path, content, errors="replace")
         except OSError as error:
             if error.errno in NO_ROOM:
                 raise
-            path.write_text(content, **options)
-        finally:
-            if part.exists():
-                part.unlink()
+            path.write_text(content, encoding="utf-8", errors="replace")
     except OSError as error:
         raise InputError(f"expected room for the page {path}, got {error}") from None
 

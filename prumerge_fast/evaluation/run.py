@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -21,6 +20,7 @@ from prumerge_fast.cli import report
 from prumerge_fast.cli.inputs import InputError, Item, items_from_demo, items_from_jsonl
 from prumerge_fast.cli.models import Loaded, load
 from prumerge_fast.cli.prompts import prepare
+from prumerge_fast.cli.room import write_whole
 from prumerge_fast.encoder_output import PrunedFeatures
 from prumerge_fast.evaluation import fingerprint, metrics, stored
 from prumerge_fast.evaluation.policies import (
@@ -132,15 +132,10 @@ def run(options: EvaluationOptions) -> None:
 
 
 def _write(output: Path, text: str) -> None:
-    target = output.resolve()  # replaced when it is whole, and not a link to it
-    whole = target.with_name(f"{target.name}.part")
     try:
         # File names may hold what UTF-8 cannot; JSON reads the escapes.
-        whole.write_text(text, encoding="utf-8", errors="backslashreplace")
-        whole.replace(target)
+        write_whole(output, text, errors="backslashreplace")
     except OSError as error:
-        with contextlib.suppress(OSError):
-            whole.unlink()
         raise InputError(
             f"--output: expected a writable file, got {output} ({error}); the answers stay in "
             f"{stored.answers_file(output)}, and the same command goes on from them"
