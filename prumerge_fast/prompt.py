@@ -42,10 +42,11 @@ class PromptLayout:
     Args:
         source: [B, S] int64, the caller's column that each position comes from; -1 for padding.
         length: Number of columns L of the caller's prompt. Later tokens correspond one to one.
-        gone: [B, 1] int64, tokens that each prompt lost, padding apart.
+        gone: [B, 1] int64, tokens that each prompt lost, padding apart; once `placed`, those of the
+            row's last sequence, by which the caller's positions behind it are greater.
         last: [B, 1] int64, the caller's column of each prompt's last token.
-        next_position: [B, 1] int64, the model's position of the first token behind the prompt, and
-            the caller's, which is greater by the tokens gone, once `placed`.
+        next_position: [B, 1] int64, the model's position of the first token behind the prompt;
+            `None` until `placed`.
     """
 
     source: Tensor
