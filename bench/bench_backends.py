@@ -14,10 +14,10 @@ import torch
 from bench_prune_merge import features
 from torch import Tensor
 
-from prumerge_fast.config import PruMergeConfig
-from prumerge_fast.dispatch import prune_merge
-from prumerge_fast.output import MergedTokens
-from prumerge_fast.triton_backend import triton_obstacle
+from prumerge_fast.reduction.config import PruMergeConfig
+from prumerge_fast.reduction.dispatch import prune_merge
+from prumerge_fast.reduction.output import MergedTokens
+from prumerge_fast.reduction.triton_backend import triton_obstacle
 
 BATCHES = (1, 8, 32, 128)
 SHAPES = ((576, 1024), (196, 192), (256, 768), (729, 1152), (1024, 1024))  # N, C

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from prumerge_fast.config import PruMergeConfig
-from prumerge_fast.dispatch import prune_merge
+from prumerge_fast.reduction.config import PruMergeConfig
+from prumerge_fast.reduction.dispatch import prune_merge
 
 FEATURES = Path(__file__).parents[1] / "tests" / "golden" / "heavy_tailed_0.npz"
 

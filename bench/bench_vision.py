@@ -14,10 +14,10 @@ import torch
 from subjects import random_llava
 from transformers import LlavaForConditionalGeneration
 
-from prumerge_fast.config import PruMergeConfig
-from prumerge_fast.dispatch import prune_merge
-from prumerge_fast.patching import patched
-from prumerge_fast.vision import encode
+from prumerge_fast.families.encode import encode
+from prumerge_fast.patching.patch import patched
+from prumerge_fast.reduction.config import PruMergeConfig
+from prumerge_fast.reduction.dispatch import prune_merge
 
 CONFIG = PruMergeConfig(keep=72)  # random weights say nothing about what adapts to the image
 

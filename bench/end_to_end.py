@@ -2,9 +2,9 @@
 
     python bench/end_to_end.py --output runs/end-to-end.json
 
-Everything is measured in the real `generate` (`prumerge_fast/cli/stages.py` says how); nothing is
-extrapolated: of LLaVA-1.5-7B's 32 decoder layers, each row says how many there were. Times are of a
-whole batch. Each round asks every policy about the same new images, starting with another policy
+Everything is measured in the real `generate` (`prumerge_fast/harness/stages.py` says how); nothing
+is extrapolated: of LLaVA-1.5-7B's 32 decoder layers, each row says how many there were. Times are
+of a whole batch. Each round asks every policy about the same new images, starting with another one
 each time, so that what else the machine does hits all alike; ratios are to LLaVA in the same round.
 The same command again goes on from what its output file holds; with `--memory-only` it adds the
 peak memory to those rows that lack it, and leaves their times as they are. The committed results
@@ -37,13 +37,14 @@ from rich.progress import Progress
 from subjects import DECODER_LAYERS, DTYPES, Subject, demo, layers_that_fit, real_shape
 
 from prumerge_fast.cli import report
-from prumerge_fast.cli.inputs import InputError
-from prumerge_fast.cli.models import resolve_device
-from prumerge_fast.cli.room import write_whole
-from prumerge_fast.cli.stages import Measurement, measure
-from prumerge_fast.config import PruMergeConfig
-from prumerge_fast.dispatch import prune_merge
-from prumerge_fast.vision import encode
+from prumerge_fast.errors import InputError
+from prumerge_fast.families.encode import encode
+from prumerge_fast.harness.files import write_whole
+from prumerge_fast.harness.models import resolve_device
+from prumerge_fast.harness.provenance import provenance
+from prumerge_fast.harness.stages import Measurement, measure
+from prumerge_fast.reduction.config import PruMergeConfig
+from prumerge_fast.reduction.dispatch import prune_merge
 
 BASELINE = "LLaVA"
 POLICIES: dict[str, PruMergeConfig | None] = {
@@ -227,7 +228,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
         InputError: Something given cannot be used.
     """
     options = _options(arguments)
-    run = report.provenance([], resolve_device(options.device))
+    run = provenance([], resolve_device(options.device))
     run["command"] = ["python", "bench/end_to_end.py", *arguments]
     result = _resumed(options, run)
     with Progress(console=report.messages()) as progress:

@@ -30,7 +30,7 @@ import torch
 from bench_backends import CASES, Case
 from bench_prune_merge import features
 
-from prumerge_fast.cli import report
+from prumerge_fast.harness.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS = range(5, 201)  # as many as take about ROUNDS_SECONDS
@@ -126,7 +126,7 @@ def main(arguments: list[str]) -> Path:
     cases = [case for case in CASES if re.search(options.only, str(case))]
     if not cases:
         parser.error(f"--only: no case's name matches {options.only!r}; one is {CASES[0]}")
-    result = report.provenance([], device)
+    result = provenance([], device)
     result["command"] = ["python", "bench/gpu.py", *arguments]
     result["copy"] = time_copy(device)
     result["cases"] = []

@@ -28,8 +28,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from prumerge_fast.cli import page
 from prumerge_fast.cli.chart import Point, Series
-from prumerge_fast.cli.inputs import InputError, image_by_name
-from prumerge_fast.cli.models import load
+from prumerge_fast.demo import MODEL_DIR
+from prumerge_fast.demo.items import image_by_name
+from prumerge_fast.errors import InputError
+from prumerge_fast.harness.models import load
 
 RESULTS = Path(__file__).parent / "results"
 CURVES = {  # method: whose colour, dashes
@@ -132,7 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
         plot = curves(accuracy), note(accuracy)
     with page.writable(options.output, "--output") as file:
         with script.taking_apart("--compare", options.compare):
-            loaded = load(None, dtype=run["settings"]["dtype"], device="cpu")
+            loaded = load(MODEL_DIR, dtype=run["settings"]["dtype"], device="cpu")
             pictures = page.panels(loaded, run, image_by_name)
             content = page.render(run, pictures, *plot)
         page.write(file, content)

@@ -64,7 +64,7 @@ def read_result(option: str, path: Path) -> Any:
     Raises:
         InputError: It cannot be read or is no JSON. Its message begins with `option`.
     """
-    from prumerge_fast.cli.inputs import InputError
+    from prumerge_fast.errors import InputError
 
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -79,7 +79,7 @@ def taking_apart(option: str, path: Path) -> Iterator[None]:
     Raises:
         InputError: The block met a value that is not there or not of its type.
     """
-    from prumerge_fast.cli.inputs import InputError
+    from prumerge_fast.errors import InputError
 
     try:
         yield

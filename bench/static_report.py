@@ -32,9 +32,9 @@ from kernel_cases import golden  # noqa: E402
 from kernel_resources import SHARED_MEMORY, TARGETS, resources_of  # noqa: E402
 from prumerge_fast.kernels import launch_config  # noqa: E402
 
-from prumerge_fast.cli import report  # noqa: E402
-from prumerge_fast.config import PruMergeConfig  # noqa: E402
-from prumerge_fast.dispatch import prune_merge  # noqa: E402
+from prumerge_fast.harness.provenance import provenance  # noqa: E402
+from prumerge_fast.reduction.config import PruMergeConfig  # noqa: E402
+from prumerge_fast.reduction.dispatch import prune_merge  # noqa: E402
 
 IMAGE = "heavy_tailed_0"
 ROWS = 53  # of that image, with its supplement
@@ -130,7 +130,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--output", type=Path, default=default, help="the result file (JSON)")
     path = parser.parse_args(arguments).output
     result = {
-        **report.provenance([], torch.device("cpu")),
+        **provenance([], torch.device("cpu")),
         "command": ["python", "bench/static_report.py", *arguments],
         "kernel_digest": kernel_digest(),
         "image": IMAGE,

@@ -15,12 +15,12 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from prumerge_fast.cli.inputs import items_from_demo
-from prumerge_fast.cli.models import load
-from prumerge_fast.cli.prompts import prepare
 from prumerge_fast.cost.shapes import LLAVA_1_5_7B
-from prumerge_fast.demo import load_demo
-from prumerge_fast.quantisation import quantisation_config
+from prumerge_fast.demo import MODEL_DIR, load_demo
+from prumerge_fast.demo.items import items_from_demo
+from prumerge_fast.harness.models import load
+from prumerge_fast.harness.prompts import prepare
+from prumerge_fast.harness.quantisation import quantisation_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
           "nf4": torch.bfloat16}  # fmt: skip
@@ -52,7 +52,7 @@ class Subject:
 def demo(precision: str, device: torch.device) -> Subject:
     """The demo model on questions about scenes that it was not trained on."""
     loaded = load(
-        None,
+        MODEL_DIR,
         dtype=str(DTYPES[precision]).removeprefix("torch."),
         device=str(device),
         bits=4 if precision == "nf4" else None,

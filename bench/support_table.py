@@ -6,8 +6,8 @@ that are skipped.
 
 from __future__ import annotations
 
-FAMILY_TESTS = "tests/test_families.py"
-ORIGINAL_TESTS = "tests/test_original_llava.py"
+FAMILY_TESTS = "tests/families/test_families.py"
+ORIGINAL_TESTS = "tests/families/test_original_llava.py"
 VERSIONS = ("4.57.6", "5.17.0", "newest 5.x")
 FAMILIES = {  # as `tests/tiny_families.py` calls them, and the class
     "LLaVA": "`LlavaForConditionalGeneration`",

@@ -27,7 +27,7 @@ import script
 import support_table
 from PIL import Image
 
-from prumerge_fast.cli.inputs import InputError
+from prumerge_fast.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"

@@ -115,7 +115,7 @@ def _configure(
             num_stages=2 if is_cuda else 1,
             max_registers=max_registers,
         )
-    # Of the tile sizes tried, the largest that spill nowhere: tests/test_kernel_resources.py.
+    # Of the tile sizes tried, the largest that spill nowhere: tests/kernel/test_kernel_resources
     if rows_each > 32:
         return LaunchConfig(
             splits=splits,

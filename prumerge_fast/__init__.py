@@ -15,11 +15,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prumerge_fast.config import PruMergeConfig
-    from prumerge_fast.dispatch import prune_merge
     from prumerge_fast.errors import BackendUnavailableError, PruMergeError, UnsupportedModelError
-    from prumerge_fast.output import MergedTokens
-    from prumerge_fast.patching import is_patched, patch, patched, unpatch
+    from prumerge_fast.patching.patch import is_patched, patch, patched, unpatch
+    from prumerge_fast.reduction.config import PruMergeConfig
+    from prumerge_fast.reduction.dispatch import prune_merge
+    from prumerge_fast.reduction.output import MergedTokens
 
 __all__ = [
     "BackendUnavailableError",
@@ -39,15 +39,15 @@ __version__ = "0.1.0"
 # Loaded at first use, so that the command line's `--help` need not wait for PyTorch.
 _MODULES = {
     "BackendUnavailableError": "errors",
-    "MergedTokens": "output",
-    "PruMergeConfig": "config",
+    "MergedTokens": "reduction.output",
+    "PruMergeConfig": "reduction.config",
     "PruMergeError": "errors",
     "UnsupportedModelError": "errors",
-    "is_patched": "patching",
-    "patch": "patching",
-    "patched": "patching",
-    "prune_merge": "dispatch",
-    "unpatch": "patching",
+    "is_patched": "patching.patch",
+    "patch": "patching.patch",
+    "patched": "patching.patch",
+    "prune_merge": "reduction.dispatch",
+    "unpatch": "patching.patch",
 }
 
 

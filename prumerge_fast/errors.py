@@ -11,3 +11,13 @@ class UnsupportedModelError(PruMergeError, TypeError):
 
 class BackendUnavailableError(PruMergeError, RuntimeError):
     """A backend was asked for by name and cannot run here."""
+
+
+class InputError(PruMergeError, ValueError):
+    """Bad input: its message is one line that names the argument, what was expected and what came.
+
+    The commands end with exit code 2 on it.
+    """
+
+    def __init__(self, message: object) -> None:
+        super().__init__(" ".join(str(message).split()))  # messages of libraries have many lines

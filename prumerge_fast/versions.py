@@ -7,7 +7,6 @@ import dataclasses
 import inspect
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -37,23 +36,9 @@ def configured_feature_layer(config: Any) -> Any:
 def ties_embeddings(config: Any) -> bool:
     """Whether a LLaVA's output layer is its embedding table: 4.x asks the language model's
     configuration alone, 5.x the whole one, which takes over what the language model's says."""
-    if _is_4():
+    if is_4():
         config = config.text_config
     return bool(config.tie_word_embeddings)
-
-
-def image_features_output(
-    features: list[Tensor], placeholders: list[int], return_dict: bool
-) -> Any:
-    """What `get_image_features` returns: 4.x the list itself, 5.x an output that holds it."""
-    if _is_4():
-        return features
-    from prumerge_fast.encoder_output import PrunedFeatures
-
-    device = features[0].device if features else None
-    counts = torch.tensor(placeholders, dtype=torch.int64, device=device)
-    output = PrunedFeatures(pooler_output=features, placeholders=counts)
-    return output if return_dict else output.to_tuple()
 
 
 def set_visual_outputs(outputs: Any, modality: str, features: Tensor, encoded: Any) -> None:
@@ -116,7 +101,8 @@ def set_length(arguments: dict[str, Any], name: str, limit: int) -> None:
         setattr(arguments["generation_config"], name, limit)
 
 
-def _is_4() -> bool:
+def is_4() -> bool:
+    """Whether transformers is of version 4."""
     import transformers
 
     return int(transformers.__version__.split(".")[0]) < 5

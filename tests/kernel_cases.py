@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 import prumerge_fast
-from prumerge_fast.config import PruMergeConfig
 from prumerge_fast.demo import PROMPT, load_demo
 from prumerge_fast.demo.scenes import benchmark
-from prumerge_fast.dispatch import prune_merge
-from prumerge_fast.output import MergedTokens
+from prumerge_fast.reduction.config import PruMergeConfig
+from prumerge_fast.reduction.dispatch import prune_merge
+from prumerge_fast.reduction.output import MergedTokens
 
 # Largest error relative to the largest value of the tokens.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 2e-5}

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prumerge_fast.output import MergedTokens
+from prumerge_fast.reduction.output import MergedTokens
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.npz"))
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import prumerge_fast
 from prumerge_fast.cli import app
-from prumerge_fast.cli.inputs import InputError
+from prumerge_fast.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -12,11 +12,12 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 import prumerge_fast
-from prumerge_fast.cli.inputs import items_from_demo
-from prumerge_fast.cli.models import load
-from prumerge_fast.cli.prompts import prepare
 from prumerge_fast.demo import MODEL_DIR
-from prumerge_fast.patching import is_patched, unpatch
+from prumerge_fast.demo.items import items_from_demo
+from prumerge_fast.families.encode import encode
+from prumerge_fast.harness.models import load
+from prumerge_fast.harness.prompts import prepare
+from prumerge_fast.patching.patch import is_patched, unpatch
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCKS = {
@@ -41,7 +42,7 @@ REPLACED = {
 def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the blocks take for given."""
     monkeypatch.chdir(tmp_path)
-    loaded = load(None, dtype="float32", device="cpu")
+    loaded = load(MODEL_DIR, dtype="float32", device="cpu")
     inputs = prepare(loaded, items_from_demo(2))
     return {
         "torch": torch,
@@ -107,7 +108,7 @@ def test_static(names: dict[str, Any]) -> None:
 
 def test_vision(names: dict[str, Any]) -> None:
     tokens = run(names, "vision")["tokens"]
-    features = prumerge_fast.vision.encode(names["model"], names["inputs"]["pixel_values"])
+    features = encode(names["model"], names["inputs"]["pixel_values"])
     expected = prumerge_fast.prune_merge(*features, names["config"]).tokens
     assert tokens.shape == (2, 65, features[2].shape[2])
     torch.testing.assert_close(tokens, expected)

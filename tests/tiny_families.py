@@ -15,8 +15,8 @@ from tiny_models import BOS, IMAGE, PATCHES, VIDEO, Oracle, batch, tiny_model, t
 from torch import Tensor
 from transformers import CLIPImageProcessor, LlavaNextImageProcessor
 
-from prumerge_fast.config import PruMergeConfig
-from prumerge_fast.dispatch import prune_merge
+from prumerge_fast.reduction.config import PruMergeConfig
+from prumerge_fast.reduction.dispatch import prune_merge
 
 V5 = int(transformers.__version__.split(".")[0]) >= 5
 SIDE = 5  # patches of 6 pixels

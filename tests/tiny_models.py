@@ -13,8 +13,8 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from prumerge_fast.config import PruMergeConfig
-from prumerge_fast.dispatch import prune_merge
+from prumerge_fast.reduction.config import PruMergeConfig
+from prumerge_fast.reduction.dispatch import prune_merge
 from prumerge_fast.versions import cache_argument
 
 IMAGE, VIDEO, PAD, BOS, EOS, VOCAB = 90, 88, 89, 1, 2, 91

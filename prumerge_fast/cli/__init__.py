@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prumerge_fast.cli.room import NO_ROOM
-from prumerge_fast.errors import PruMergeError
+from prumerge_fast.errors import InputError, PruMergeError
+from prumerge_fast.harness.files import NO_ROOM
+from prumerge_fast.harness.options import AspectRatio, ConvTemplate, Dtype
 
 if TYPE_CHECKING:
-    from prumerge_fast.config import PruMergeConfig
+    from prumerge_fast.reduction.config import PruMergeConfig
 
 app = typer.Typer(
     name="prumerge-fast",
@@ -43,26 +44,11 @@ class Merge(str, Enum):
     none = "none"
 
 
-class Dtype(str, Enum):
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
 class Backend(str, Enum):
     auto = "auto"
     triton = "triton"
     torch = "torch"
     reference = "reference"
-
-
-class ConvTemplate(str, Enum):
-    vicuna_v1 = "vicuna_v1"
-
-
-class AspectRatio(str, Enum):
-    pad = "pad"
 
 
 def _whole_number(value: str) -> int:
@@ -367,7 +353,8 @@ def _evaluate(
 
     Without --questions, asks about demo scenes that no one was trained on.
     """
-    from prumerge_fast.evaluation.run import EvaluationOptions, run
+    from prumerge_fast.cli.evaluate import run
+    from prumerge_fast.evaluation.run import EvaluationOptions
 
     run(
         EvaluationOptions(
@@ -402,8 +389,7 @@ def _value(choice: Enum | None) -> str | None:
 
 
 def _config(variant: Variant, keep: str | None, neighbours: int, merge: Merge) -> PruMergeConfig:
-    from prumerge_fast.cli.inputs import InputError
-    from prumerge_fast.config import PruMergeConfig
+    from prumerge_fast.reduction.config import PruMergeConfig
 
     fields: dict[str, Any] = {"neighbours": neighbours, "merge": merge.value}
     try:
@@ -418,8 +404,6 @@ def _config(variant: Variant, keep: str | None, neighbours: int, merge: Merge) -
 
 
 def _bits(load_in_4bit: bool, load_in_8bit: bool) -> int | None:
-    from prumerge_fast.cli.inputs import InputError
-
     if load_in_4bit and load_in_8bit:
         raise InputError("--load-in-8bit: expected it without --load-in-4bit, got both")
     return 4 if load_in_4bit else 8 if load_in_8bit else None

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from prumerge_fast.cli import page, report
-from prumerge_fast.cli.inputs import (
-    InputError,
-    Item,
-    items_from_demo,
-    items_from_images,
-    items_from_jsonl,
-)
-from prumerge_fast.cli.models import Loaded, check_keep, load
-from prumerge_fast.cli.prompts import prepare
-from prumerge_fast.cli.report import Answer
-from prumerge_fast.cli.stages import Measurement, StageTimes, measure
-from prumerge_fast.config import PruMergeConfig
-from prumerge_fast.dispatch import resolve_backend
+from prumerge_fast.demo import MODEL_DIR
+from prumerge_fast.demo.items import items_from_demo
+from prumerge_fast.errors import InputError
+from prumerge_fast.harness.answers import Answer, summarise
+from prumerge_fast.harness.inputs import Item, items_from_images, items_from_jsonl
+from prumerge_fast.harness.models import Loaded, check_keep, load
+from prumerge_fast.harness.prompts import prepare
+from prumerge_fast.harness.provenance import provenance
+from prumerge_fast.harness.questions import batches, decoded
+from prumerge_fast.harness.stages import Measurement, StageTimes, measure
+from prumerge_fast.reduction.config import PruMergeConfig
+from prumerge_fast.reduction.dispatch import resolve_backend
 
 MOST_ANSWERS_SHOWN = 12
 _NAMES = {"prumerge": "PruMerge", "prumerge+": "PruMerge+"}
@@ -84,7 +81,7 @@ def run(options: CompareOptions) -> None:
             policy.file = _open_answers(options, policy.slug, stack)
         html = None if options.html is None else stack.enter_context(page.writable(options.html))
         loaded = load(
-            options.model,
+            options.model or MODEL_DIR,
             dtype=options.dtype,
             device=options.device,
             bits=options.bits,
@@ -101,7 +98,7 @@ def run(options: CompareOptions) -> None:
             report.messages().print(f"interrupted after {done} of {len(items)} questions")
             raise
         results = {
-            policy.name: report.summarise(policy.answers, policy.times, policies[0].answers)
+            policy.name: summarise(policy.answers, policy.times, policies[0].answers)
             for policy in policies
         }
         result = _as_json(options, loaded, backend, policies, results)
@@ -138,30 +135,6 @@ def _print(
     )
     console.print(report.comparison_table(results))
     console.print("Times: median per question; total is all of generate().")
-
-
-def accuracy(
-    loaded: Loaded,
-    config: PruMergeConfig | None,
-    items: list[Item],
-    *,
-    batch_size: int,
-    max_new_tokens: int = 32,
-) -> dict[str, Any]:
-    """What `report.summarise` says of one policy's answers, `config=None` for the plain model."""
-    answers: list[Answer] = []
-    times: list[StageTimes] = []
-    for batch in _batches(items, batch_size):
-        measured = measure(
-            loaded.model,
-            prepare(loaded, batch),
-            config,
-            backend="auto",
-            max_new_tokens=max_new_tokens,
-        )
-        times.append(measured.times.per_question(len(batch)))
-        answers += _decoded(loaded, batch, measured)
-    return report.summarise(answers, times, answers)
 
 
 def _items(options: CompareOptions) -> list[Item]:
@@ -216,16 +189,8 @@ def _answer_all(
     for policy in policies:
         if policy.file is not None:
             policy.file.truncate(0)
-    console = report.messages()
-    columns = (
-        TextColumn("questions"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("", total=len(items))
-        for number, batch in enumerate(_batches(items, options.batch_size)):
+    with report.progress(len(items)) as advance:
+        for number, batch in enumerate(batches(items, options.batch_size)):
             inputs = prepare(loaded, batch)
             for repeat in range(options.repeat):
                 first = (number + repeat) % len(policies)
@@ -234,7 +199,7 @@ def _answer_all(
                     policy.times.append(measured.times.per_question(len(batch)))
                     if repeat == 0:
                         _record(loaded, policy, batch, measured)
-            progress.advance(bar, len(batch))
+            advance(len(batch))
 
 
 def _measure(options: CompareOptions, loaded: Loaded, policy: _Policy, inputs: Any) -> Measurement:
@@ -247,14 +212,9 @@ def _measure(options: CompareOptions, loaded: Loaded, policy: _Policy, inputs: A
     )
 
 
-def _batches(items: list[Item], size: int) -> Iterator[list[Item]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
-
-
 def _record(loaded: Loaded, policy: _Policy, batch: list[Item], measured: Measurement) -> None:
     """Keeps a batch of answers and writes them in the format of LLaVA's evaluation scripts."""
-    for answer in _decoded(loaded, batch, measured):
+    for answer in decoded(loaded, batch, measured):
         policy.answers.append(answer)
         if policy.file is not None:
             record = {
@@ -266,13 +226,6 @@ def _record(loaded: Loaded, policy: _Policy, batch: list[Item], measured: Measur
                 "metadata": {"visual_tokens": answer.visual_tokens},
             }
             policy.file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
-def _decoded(loaded: Loaded, batch: list[Item], measured: Measurement) -> Iterator[Answer]:
-    texts = loaded.processor.tokenizer.batch_decode(measured.answers, skip_special_tokens=True)
-    share = measured.cache_bytes / len(batch)
-    for item, text, tokens in zip(batch, texts, measured.visual_tokens, strict=True):
-        yield Answer(item, text.strip(), tokens, share)
 
 
 def _dtype_name(loaded: Loaded) -> str:
@@ -319,5 +272,5 @@ def _as_json(
             }
             for said in zip(*(policy.answers for policy in policies), strict=True)
         ],
-        **report.provenance(options.command, loaded.device),
+        **provenance(options.command, loaded.device),
     }

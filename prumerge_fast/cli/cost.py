@@ -9,11 +9,11 @@ from rich.table import Table
 
 from prumerge_fast import cost
 from prumerge_fast.cli import report
-from prumerge_fast.cli.inputs import InputError
-from prumerge_fast.cli.models import read_config
-from prumerge_fast.config import PruMergeConfig
 from prumerge_fast.cost.published import PAPERS_KEEP
-from prumerge_fast.errors import UnsupportedModelError
+from prumerge_fast.errors import InputError, UnsupportedModelError
+from prumerge_fast.harness.models import read_config
+from prumerge_fast.harness.provenance import provenance
+from prumerge_fast.reduction.config import PruMergeConfig
 
 BUILT_IN = {shape.name: shape for shape in (cost.LLAVA_1_5_7B, cost.LLAVA_1_5_13B)}
 CPU = "cpu"
@@ -246,5 +246,5 @@ def _as_json(
             for shape in shapes
         },
         "published": [asdict(comparison) for comparison in comparisons],
-        **report.provenance(options.command, torch.device("cpu")),
+        **provenance(options.command, torch.device("cpu")),
     }

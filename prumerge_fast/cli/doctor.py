@@ -10,7 +10,8 @@ from rich.table import Table
 
 from prumerge_fast.cli import report
 from prumerge_fast.demo import MODEL_DIR
-from prumerge_fast.dispatch import resolve_backend
+from prumerge_fast.harness.provenance import provenance
+from prumerge_fast.reduction.dispatch import resolve_backend
 
 
 def run(command: list[str], *, as_json: bool) -> None:
@@ -22,7 +23,7 @@ def run(command: list[str], *, as_json: bool) -> None:
         "cuda": torch.version.cuda,
         "devices": {str(device): _describe(device) for device in devices},
         "backends": {str(device): resolve_backend("auto", device)._asdict() for device in devices},
-        **report.provenance(command, devices[-1]),
+        **provenance(command, devices[-1]),
     }
     if as_json:
         report.print_json(found)

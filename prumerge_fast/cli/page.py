@@ -19,11 +19,12 @@ from PIL import Image
 
 from prumerge_fast.cli import report
 from prumerge_fast.cli.chart import Point, Series, chart
-from prumerge_fast.cli.inputs import InputError
-from prumerge_fast.cli.models import Loaded
 from prumerge_fast.cli.pictures import Grid, data_uri, look
-from prumerge_fast.cli.room import NO_ROOM, write_whole
-from prumerge_fast.config import PruMergeConfig
+from prumerge_fast.errors import InputError
+from prumerge_fast.harness.answers import normalise
+from prumerge_fast.harness.files import NO_ROOM, write_whole
+from prumerge_fast.harness.models import Loaded
+from prumerge_fast.reduction.config import PruMergeConfig
 
 MOST_QUESTIONS = 24  # with pictures; they are what makes the page large
 PANEL = 336  # pixels of a picture's side
@@ -278,10 +279,8 @@ def _verdicts(answers: Mapping[str, str], expected: str | None) -> dict[str, str
     """By policy: "right" or "wrong"; where no answer is known, "same" as LLaVA's or "differs"."""
     first = next(iter(answers.values()))
     yes, no = ("same", "differs") if expected is None else ("right", "wrong")
-    wanted = report.normalise(first if expected is None else expected)
-    found = {
-        policy: yes if report.normalise(text) == wanted else no for policy, text in answers.items()
-    }
+    wanted = normalise(first if expected is None else expected)
+    found = {policy: yes if normalise(text) == wanted else no for policy, text in answers.items()}
     return found | ({next(iter(answers)): ""} if expected is None else {})
 
 

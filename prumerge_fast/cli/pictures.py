@@ -11,12 +11,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from prumerge_fast.cli.models import Loaded
-from prumerge_fast.cli.prompts import check_pixels, framed
-from prumerge_fast.config import PruMergeConfig
-from prumerge_fast.dispatch import prune_merge
-from prumerge_fast.output import MergedTokens
-from prumerge_fast.vision import encode
+from prumerge_fast.families.encode import encode
+from prumerge_fast.harness.models import Loaded
+from prumerge_fast.harness.prompts import check_pixels, framed
+from prumerge_fast.reduction.config import PruMergeConfig
+from prumerge_fast.reduction.dispatch import prune_merge
+from prumerge_fast.reduction.output import MergedTokens
 
 
 @dataclass(frozen=True, eq=False)

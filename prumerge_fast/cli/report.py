@@ -1,107 +1,22 @@
-"""Results: sums them up, prints them as tables or JSON, and says where they come from."""
+"""Results as tables or JSON, and how far a command has come."""
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
-import statistics
-import string
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from prumerge_fast.cli.inputs import Item
-from prumerge_fast.cli.stages import StageTimes
+from prumerge_fast.harness.answers import STAGES, Answer
 
-PACKAGES = (
-    *("prumerge_fast", "torch", "transformers", "triton"),
-    *("bitsandbytes", "accelerate", "peft"),
-)
 SLUGS = {"LLaVA": "llava", "PruMerge": "prumerge", "PruMerge+": "prumerge-plus"}
-STAGES = {
-    "vision": "vision tower",
-    "prune_merge": "prune+merge",
-    "projector": "projector",
-    "prefill": "prefill",
-    "decode": "decode",
-    "total": "total",
-}
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What one policy said to one question. `cache_bytes` is its share of the batch's KV cache."""
-
-    item: Item
-    text: str
-    visual_tokens: int
-    cache_bytes: float
-
-
-def normalise(answer: str) -> str:
-    """An answer as it is compared.
-
-    Lower case, single spaces, no punctuation and no quotes at either end, no leading article.
-    """
-    words = answer.lower().strip(string.punctuation + string.whitespace).split()
-    return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words)
-
-
-def summarise(
-    answers: Sequence[Answer], times: Sequence[StageTimes], baseline: Sequence[Answer]
-) -> dict[str, Any]:
-    """One policy's row of results.
-
-    Args:
-        answers: To all questions.
-        times: Seconds per question, one entry for each timed batch.
-        baseline: The unpruned model's answers, in the same order.
-
-    Returns:
-        `visual_tokens` (mean, min, max of an image), `milliseconds` (median per question, by
-        stage; `None` for a stage that does not exist), `kv_cache_bytes` (mean per question),
-        `agreement` with the baseline and `accuracy` (overall and by category; `None` and empty
-        where no answers are known), both as shares of 1 after `normalise`.
-    """
-    tokens = [answer.visual_tokens for answer in answers]
-    agreeing = [
-        normalise(answer.text) == normalise(other.text)
-        for answer, other in zip(answers, baseline, strict=True)
-    ]
-    correct: dict[str | None, list[bool]] = {}
-    for answer in answers:
-        if answer.item.expected is not None:
-            right = normalise(answer.text) == normalise(answer.item.expected)
-            correct.setdefault(None, []).append(right)
-            if answer.item.category is not None:
-                correct.setdefault(answer.item.category, []).append(right)
-    accuracy = {category: statistics.fmean(right) for category, right in correct.items()}
-    return {
-        "visual_tokens": {
-            "mean": statistics.fmean(tokens),
-            "min": min(tokens),
-            "max": max(tokens),
-        },
-        "milliseconds": {stage: _median_ms(times, stage) for stage in STAGES},
-        "kv_cache_bytes": statistics.fmean(answer.cache_bytes for answer in answers),
-        "agreement": statistics.fmean(agreeing),
-        "accuracy": accuracy.pop(None, None),
-        "accuracy_by_category": accuracy,
-    }
-
-
-def _median_ms(times: Sequence[StageTimes], stage: str) -> float | None:
-    seconds = [asdict(entry)[stage] for entry in times]
-    return None if None in seconds else 1000 * statistics.median(seconds)
 
 
 @dataclass(frozen=True)
@@ -164,43 +79,6 @@ def answers_table(answers: dict[str, list[Answer]]) -> Table:
     return table
 
 
-def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that matter; `None` for one that is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
-
-
-def provenance(command: list[str], device: torch.device) -> dict[str, Any]:
-    """What made a result: command, versions, machine and date."""
-    return {
-        "command": ["prumerge-fast", *command],
-        "versions": versions(),
-        "machine": {
-            "platform": platform.platform(),
-            "processor": _processor(),
-            "cpus": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        },
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def _processor() -> str:
-    """The processor's name, where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.split(':', 1)[1].strip()} ({platform.machine()})"
-    return platform.processor() or platform.machine()
-
-
 def print_json(result: Any) -> None:
     """Writes a result to standard output as JSON; in ASCII where that is not UTF-8."""
     is_utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
@@ -215,3 +93,13 @@ def console() -> Console:
 def messages() -> Console:
     """Standard error, for progress and remarks."""
     return Console(stderr=True)
+
+
+@contextmanager
+def progress(total: int, completed: int = 0) -> Iterator[Callable[[int], None]]:
+    """A bar of questions on standard error, where that is a terminal; what it gives moves it on."""
+    console = messages()
+    columns = (TextColumn("questions"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total, completed=completed)
+        yield lambda count: bar.advance(task, count)

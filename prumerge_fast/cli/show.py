@@ -11,12 +11,15 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from prumerge_fast.cli import report
-from prumerge_fast.cli.inputs import InputError, image_by_name
-from prumerge_fast.cli.models import check_keep, load
 from prumerge_fast.cli.pictures import Grid, look
-from prumerge_fast.config import PruMergeConfig
-from prumerge_fast.dispatch import resolve_backend
-from prumerge_fast.reference import nearest
+from prumerge_fast.demo import MODEL_DIR
+from prumerge_fast.demo.items import image_by_name
+from prumerge_fast.errors import InputError
+from prumerge_fast.harness.models import check_keep, load
+from prumerge_fast.harness.provenance import provenance
+from prumerge_fast.reduction.config import PruMergeConfig
+from prumerge_fast.reduction.dispatch import resolve_backend
+from prumerge_fast.reduction.reference import nearest
 
 PANEL = 480  # pixels of one panel's side, at least
 CAPTION = 44
@@ -57,7 +60,7 @@ def run(options: ShowOptions) -> None:
         raise InputError(f"--output: expected another file than the image, got {output}")
     image = image_by_name(options.image)
     loaded = load(
-        options.model,
+        options.model or MODEL_DIR,
         dtype=options.dtype,
         device=options.device,
         image_aspect_ratio=options.image_aspect_ratio,
@@ -91,7 +94,7 @@ def run(options: ShowOptions) -> None:
                 "kept": centres,
                 "attention": attention.tolist(),
                 "neighbours": links,
-                **report.provenance(options.command, loaded.device),
+                **provenance(options.command, loaded.device),
             }
         )
     else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from prumerge_fast.config import PruMergeConfig
 from prumerge_fast.cost.devices import Device
 from prumerge_fast.cost.products import (
     Product,
@@ -14,6 +13,7 @@ from prumerge_fast.cost.products import (
     tower_products,
 )
 from prumerge_fast.cost.shapes import LlavaShape
+from prumerge_fast.reduction.config import PruMergeConfig
 
 HALF = 2  # bytes of an FP16 number: all activations, keys and values, and what is not quantised
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from prumerge_fast.config import PruMergeConfig
 from prumerge_fast.cost.shapes import DecoderShape, LlavaShape, TowerShape
+from prumerge_fast.reduction.config import PruMergeConfig
 
 
 @dataclass(frozen=True)

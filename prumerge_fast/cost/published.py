@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from prumerge_fast.config import PruMergeConfig
 from prumerge_fast.cost.devices import DEVICES
 from prumerge_fast.cost.estimate import PRECISIONS, estimate
 from prumerge_fast.cost.shapes import LLAVA_1_5_7B, LLAVA_1_5_13B, DecoderShape, LlavaShape
+from prumerge_fast.reduction.config import PruMergeConfig
 
 PAPERS_TEXT_TOKENS = 40
 PAPERS_KEEP = 40

@@ -6,19 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from prumerge_fast.errors import UnsupportedModelError
+from prumerge_fast.harness.sizes import check_sizes
 from prumerge_fast.versions import ties_embeddings
 
 _FAMILY = "LlavaForConditionalGeneration"
 # Decoders of pre-normalised layers with grouped attention and a gated MLP, and which of their
 # attention projections (q, k and v; the output's) have biases whatever the config says.
 _DECODERS = {"llama": (False, False), "mistral": (False, False), "qwen2": (True, False)}
-
-
-_WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
-_SIZES = {
-    "vision_config": (*_WIDTHS, "image_size", "patch_size", "num_channels"),
-    "text_config": (*_WIDTHS, "vocab_size"),
-}
 
 
 @dataclass(frozen=True)
@@ -183,22 +177,6 @@ def shape_of(config: Any, name: str = "LLaVA") -> LlavaShape:
         ),
         bool(getattr(config, "multimodal_projector_bias", True)),
     )
-
-
-def check_sizes(config: Any, *parts: str) -> None:
-    """Raise `UnsupportedModelError` if a size in these parts of a configuration cannot be one."""
-    for part in parts:
-        for name in _SIZES[part]:
-            size = getattr(getattr(config, part), name, 1)
-            if not isinstance(size, int) or size < 1:
-                raise UnsupportedModelError(
-                    f"{part}.{name}: expected a whole number >= 1, got {size!r}"
-                )
-    image, patch = (getattr(config.vision_config, name, 1) for name in ("image_size", "patch_size"))
-    if image < patch:
-        raise UnsupportedModelError(
-            f"vision_config.image_size: expected at least patch_size, {patch}, got {image}"
-        )
 
 
 def _reading_layer(feature_layer: object, layers: int) -> int:

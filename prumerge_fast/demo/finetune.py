@@ -25,16 +25,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments, set_seed
 
-from prumerge_fast.cli import report
-from prumerge_fast.cli.compare import accuracy
-from prumerge_fast.cli.inputs import InputError, items_from_demo
-from prumerge_fast.cli.models import Loaded, load, resolve_device
-from prumerge_fast.config import PruMergeConfig
-from prumerge_fast.demo import IMAGE_TOKEN, recipe
+from prumerge_fast.demo import IMAGE_TOKEN, MODEL_DIR, recipe
 from prumerge_fast.demo.conversations import IGNORE, Conversations
+from prumerge_fast.demo.items import items_from_demo
 from prumerge_fast.demo.scenes import make_scene
 from prumerge_fast.demo.train import TrainConfig, pixel_values
-from prumerge_fast.patching import patch
+from prumerge_fast.errors import InputError
+from prumerge_fast.harness.models import Loaded, load, resolve_device
+from prumerge_fast.harness.provenance import provenance
+from prumerge_fast.harness.questions import accuracy
+from prumerge_fast.patching.patch import patch
+from prumerge_fast.reduction.config import PruMergeConfig
 
 LANGUAGE = r"model\.(language_model\..*\.\w+_proj|multi_modal_projector\.linear_[12])"
 TOWER = r"model\.vision_tower\..*\.self_attn\.\w+_proj"
@@ -194,7 +195,7 @@ def _open(output: Path, settings: str) -> None:
 
 
 def _demo() -> Loaded:
-    return load(None, dtype="auto", device="auto")
+    return load(MODEL_DIR, dtype="auto", device="auto")
 
 
 def main() -> None:
@@ -230,7 +231,7 @@ def main() -> None:
         "settings": asdict(config),
         "questions": arguments.count,
         "results": rows,
-        **report.provenance([], resolve_device("auto")),
+        **provenance([], resolve_device("auto")),
         "command": ["python", "-m", "prumerge_fast.demo.finetune", *sys.argv[1:]],
     }
     path = arguments.output / "result.json"

@@ -37,7 +37,6 @@ from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from prumerge_fast.cli.inputs import InputError
 from prumerge_fast.demo import recipe
 from prumerge_fast.demo.conversations import (
     Conversations,
@@ -47,6 +46,7 @@ from prumerge_fast.demo.conversations import (
 )
 from prumerge_fast.demo.scenes import Scene, make_scene
 from prumerge_fast.demo.set_prediction import SetPrediction
+from prumerge_fast.errors import InputError
 
 LOG_EVERY = 20  # steps
 

@@ -1,7 +1,7 @@
 """Accuracy of PruMerge and of simpler ways to spend the same number of visual tokens.
 
-    python -m prumerge_fast.evaluation --count 2000 --output results.json
+    prumerge-fast evaluate --count 2000 --output results.json
 
-is `prumerge-fast evaluate`: all policies on the demo scenes or on a question file with answers,
+puts all policies on the demo scenes or on a question file with answers,
 with bootstrap intervals. `policies` says what is compared, `metrics` how it is scored.
 """

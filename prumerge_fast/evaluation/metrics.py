@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prumerge_fast.cli.report import normalise
+from prumerge_fast.harness.answers import normalise
 
 RESAMPLES = 2000
 LEVEL = 0.95

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prumerge_fast.config import PruMergeConfig
-from prumerge_fast.dispatch import prune_merge
+from prumerge_fast.reduction.config import PruMergeConfig
+from prumerge_fast.reduction.dispatch import prune_merge
 
 ALL_TOKENS = "all tokens"
 RANDOM = "random"

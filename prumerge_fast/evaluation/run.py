@@ -6,22 +6,18 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from torch import Tensor
 
-from prumerge_fast.cli import report
-from prumerge_fast.cli.inputs import InputError, Item, items_from_demo, items_from_jsonl
-from prumerge_fast.cli.models import Loaded, load
-from prumerge_fast.cli.prompts import prepare
-from prumerge_fast.cli.room import write_whole
-from prumerge_fast.encoder_output import PrunedFeatures
+from prumerge_fast.demo import MODEL_DIR
+from prumerge_fast.demo.items import items_from_demo
+from prumerge_fast.errors import InputError
 from prumerge_fast.evaluation import fingerprint, metrics, stored
 from prumerge_fast.evaluation.policies import (
     ABLATION,
@@ -35,8 +31,13 @@ from prumerge_fast.evaluation.policies import (
     Policy,
     policies,
 )
-from prumerge_fast.patching import patched
-from prumerge_fast.vision import encode
+from prumerge_fast.families.encode import encode
+from prumerge_fast.harness.inputs import Item, items_from_jsonl
+from prumerge_fast.harness.models import Loaded, load
+from prumerge_fast.harness.prompts import prepare
+from prumerge_fast.harness.provenance import provenance
+from prumerge_fast.patching.encoder_output import PrunedFeatures
+from prumerge_fast.patching.patch import patched
 
 # What is subtracted from what, at equal budgets: ours from the simple ones, and each ablation step.
 PAIRS = (
@@ -84,8 +85,19 @@ class Answers:
     earlier: int
 
 
-def run(options: EvaluationOptions) -> None:
-    """Runs the command.
+Track = Callable[[int, int], AbstractContextManager[Callable[[int], None]]]
+"""`(questions, of them already answered)` to what is told how many more were."""
+
+
+def run(options: EvaluationOptions, track: Track) -> dict[str, Any]:
+    """Asks, scores and writes.
+
+    Args:
+        options: Those of the command.
+        track: Shows how far it has come.
+
+    Returns:
+        What `--output` and `--json` hold.
 
     Raises:
         InputError: Something given cannot be used. Answers written until then stay.
@@ -94,7 +106,7 @@ def run(options: EvaluationOptions) -> None:
     images = _images(options, items)
     _check_output(options, images)
     loaded = load(
-        options.model,
+        options.model or MODEL_DIR,
         dtype=options.dtype,
         device=options.device,
         conv_template=options.conv_template,
@@ -110,8 +122,8 @@ def run(options: EvaluationOptions) -> None:
     except ValueError as error:
         raise InputError(f"--{error}") from None
     header = {} if options.output is None else _header(options, loaded, items, images)
-    answers = answer_all(options, loaded, items, chosen, header)
-    result = {
+    answers = answer_all(options, loaded, items, chosen, header, track)
+    return {
         "model": loaded.name,
         "settings": _settings(options, loaded),
         "answered": {
@@ -120,26 +132,8 @@ def run(options: EvaluationOptions) -> None:
             "by_earlier_runs": answers.earlier,
         },
         **score(items, chosen, answers),
-        **report.provenance(options.command, loaded.device),
+        **provenance(options.command, loaded.device),
     }
-    if options.as_json:
-        report.print_json(result)
-    else:
-        for table in _tables(result):
-            report.console().print(table)
-    if options.output is not None:
-        _write(options.output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-
-
-def _write(output: Path, text: str) -> None:
-    try:
-        # File names may hold what UTF-8 cannot; JSON reads the escapes.
-        write_whole(output, text, errors="backslashreplace")
-    except OSError as error:
-        raise InputError(
-            f"--output: expected a writable file, got {output} ({error}); the answers stay in "
-            f"{stored.answers_file(output)}, and the same command goes on from them"
-        ) from None
 
 
 def _items(options: EvaluationOptions) -> list[Item]:
@@ -208,7 +202,7 @@ def _header(
 ) -> dict[str, Any]:
     """What answers depend on, so that a run is resumed only with the same."""
     asked = [[item.question_id, item.image, item.text] for item in items]
-    run = report.provenance(options.command, loaded.device)
+    run = provenance(options.command, loaded.device)
     # An update of the system changes no answer, nor do more cores to answer with.
     machine = {name: run["machine"][name] for name in ("processor", "device")}
     try:
@@ -238,6 +232,7 @@ def answer_all(
     items: list[Item],
     chosen: Sequence[Policy],
     header: dict[str, Any],
+    track: Track,
 ) -> Answers:
     """Every question to every policy, a batch after another; those already on file are not asked.
 
@@ -252,10 +247,7 @@ def answer_all(
     if path is not None:
         done = stored.resumed(path, header, names, [len(batch) for batch in batches])
     earlier = sum(len(batches[number]) for number in done)
-    console = report.messages()
-    columns = (TextColumn("questions"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("", total=len(items), completed=earlier)
+    with track(len(items), earlier) as advance:
         for number, batch in enumerate(batches):
             if number in done:
                 continue
@@ -263,7 +255,7 @@ def answer_all(
             done[number] = {"batch": number, "date": stored.now(), **said}
             if path is not None:
                 stored.append(path, done[number])
-            progress.advance(bar, len(batch))
+            advance(len(batch))
     texts, tokens = (
         {
             name: [entry for n in range(len(batches)) for entry in done[n][field][name]]
@@ -430,72 +422,3 @@ def _entry(value: float, resamples: np.ndarray) -> dict[str, Any]:
     if np.isnan(value):
         return {"value": None, "interval": None}
     return {"value": float(value), "interval": metrics.interval(resamples)}
-
-
-def _tables(result: dict[str, Any]) -> list[Table]:
-    """Exact match and, where there are questions of that sort, POPE's measures."""
-    kinds = result["questions"]
-
-    def exact(row: dict[str, Any]) -> list[str]:
-        overall, *others = (row["accuracy"][kind] for kind in kinds)
-        return [_with_interval(overall), *map(_share, others)]
-
-    tables = [
-        _table(
-            result,
-            f"{result['model']}: exact match, with its 95 % interval over images",
-            [f"{kind} ({n})" for kind, n in kinds.items()],
-            exact,
-        )
-    ]
-    of_kinds = result["yes_no_by_kind"]
-    if len(of_kinds) == 1:  # their mean is that of one
-        of_kinds = {}
-
-    def pope(row: dict[str, Any]) -> list[str]:
-        f1 = [row["pope_by_kind"][kind]["f1"] for kind in of_kinds]
-        mean = [_with_interval(row["pope_mean_f1"])] if of_kinds else []
-        return [*map(_share, [*row["pope"].values(), *f1]), *mean]
-
-    if result["yes_no_questions"]:
-        headings = [measure.replace("_", "-") for measure in metrics.POPE_MEASURES]
-        headings += [f"f1 {kind} ({n})" for kind, n in of_kinds.items()]
-        title = f"{result['model']}: POPE's measures of {result['yes_no_questions']} questions"
-        tables.append(_table(result, title, headings + ["mean f1"] * bool(of_kinds), pope))
-    answered = result["answered"]
-    if answered["by_earlier_runs"]:
-        tables[-1].caption = (
-            f"{answered['by_earlier_runs']} of {kinds[OVERALL]} questions were answered by an "
-            f"earlier run, all between {answered['first']} and {answered['last']}"
-        )
-        tables[-1].caption_justify = "left"
-    return tables
-
-
-def _table(
-    result: dict[str, Any],
-    title: str,
-    headings: Sequence[str],
-    cells: Callable[[dict[str, Any]], list[str]],
-) -> Table:
-    table = Table(title=title, title_justify="left")
-    for heading in ("policy", "tokens", *headings):
-        table.add_column(heading, justify="left" if heading == "policy" else "right")
-    budget: int | None = None
-    for name, row in result["policies"].items():
-        if row["budget"] != budget and table.rows:
-            table.rows[-1].end_section = True
-        budget = row["budget"]
-        table.add_row(name, f"{row['visual_tokens']:.1f}", *cells(row))
-    return table
-
-
-def _share(entry: dict[str, Any]) -> str:
-    return "–" if entry["value"] is None else f"{entry['value']:.1%}"
-
-
-def _with_interval(entry: dict[str, Any]) -> str:
-    if entry["value"] is None:
-        return _share(entry)
-    low, high = entry["interval"]
-    return f"{_share(entry)} ({low:.1%}–{high:.1%})"

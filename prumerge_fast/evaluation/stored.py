@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prumerge_fast.cli.inputs import InputError
+from prumerge_fast.errors import InputError
 
 _FORMAT = {"format": "prumerge-fast evaluate, answers 2"}
 _START = json.dumps(_FORMAT)[:-1]  # of every file's first line

@@ -17,12 +17,13 @@ from loguru import logger
 from PIL import Image
 from tqdm import tqdm
 
-from prumerge_fast.cli import AspectRatio, ConvTemplate, Dtype
-from prumerge_fast.cli.inputs import IMAGE_TOKEN, InputError
-from prumerge_fast.cli.models import check_keep, load
-from prumerge_fast.cli.prompts import chat_prompt, model_inputs
-from prumerge_fast.config import PruMergeConfig, Variant
-from prumerge_fast.patching import patch
+from prumerge_fast.errors import InputError
+from prumerge_fast.harness.inputs import IMAGE_TOKEN
+from prumerge_fast.harness.models import check_keep, load
+from prumerge_fast.harness.options import AspectRatio, ConvTemplate, Dtype
+from prumerge_fast.harness.prompts import chat_prompt, model_inputs
+from prumerge_fast.patching.patch import patch
+from prumerge_fast.reduction.config import PruMergeConfig, Variant
 
 UNPRUNED = "none"
 _SAMPLING = ("temperature", "top_p", "num_beams", "do_sample", "max_new_tokens")

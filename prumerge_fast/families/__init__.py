@@ -1,0 +1,73 @@
+"""The model families that can be patched, found by class name without importing any of them."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import NamedTuple
+
+from prumerge_fast.errors import UnsupportedModelError
+from prumerge_fast.families.base import BaseAdapter
+
+
+class Family(NamedTuple):
+    """A model family: its name for people, and the module whose `ADAPTER` knows it."""
+
+    title: str
+    module: str
+
+
+_ORIGINAL = Family("the original LLaVA package", "prumerge_fast.families.original")
+_ORIGINAL_TOWER = Family("its vision tower", "prumerge_fast.families.original_tower")
+
+FAMILIES = {
+    "LlavaForConditionalGeneration": Family(
+        "LLaVA in transformers", "prumerge_fast.families.llava"
+    ),
+    "LlavaNextForConditionalGeneration": Family(
+        "LLaVA-NeXT in transformers", "prumerge_fast.families.llava_next"
+    ),
+    "LlavaNextVideoForConditionalGeneration": Family(
+        "LLaVA-NeXT-Video in transformers", "prumerge_fast.families.llava_next_video"
+    ),
+    "VideoLlavaForConditionalGeneration": Family(
+        "Video-LLaVA in transformers", "prumerge_fast.families.video_llava"
+    ),
+    "VipLlavaForConditionalGeneration": Family(
+        "ViP-LLaVA in transformers", "prumerge_fast.families.vipllava"
+    ),
+    "LlavaLlamaForCausalLM": _ORIGINAL,
+    "LlavaMistralForCausalLM": _ORIGINAL,
+    "LlavaMptForCausalLM": _ORIGINAL,
+    "CLIPVisionTower": _ORIGINAL_TOWER,
+}
+# Models that people try, and why they cannot be pruned.
+_WITHOUT_CLASS_TOKEN = {
+    "LlavaOnevisionForConditionalGeneration": "SigLIP",
+    "Mistral3ForConditionalGeneration": "Pixtral",
+}
+
+
+def adapter_for(model: object) -> BaseAdapter:
+    """The adapter of a model's family; see `adapter_for_class`."""
+    return adapter_for_class(type(model))
+
+
+def adapter_for_class(model_class: type) -> BaseAdapter:
+    """The adapter of the family that a class, or one it derives from, belongs to.
+
+    Raises:
+        UnsupportedModelError: It belongs to none; the message lists the families.
+    """
+    for cls in model_class.__mro__:
+        if cls.__name__ in FAMILIES:
+            return import_module(FAMILIES[cls.__name__].module).ADAPTER
+    for cls in model_class.__mro__:
+        if cls.__name__ in _WITHOUT_CLASS_TOKEN:
+            raise UnsupportedModelError(
+                f"model: {cls.__name__} cannot be pruned: its {_WITHOUT_CLASS_TOKEN[cls.__name__]} "
+                "vision tower has no class token, whose attention PruMerge ranks patches by"
+            )
+    supported = ", ".join(f"{name} ({family.title})" for name, family in FAMILIES.items())
+    raise UnsupportedModelError(
+        f"model: expected a supported model, got {model_class.__name__}; supported: {supported}"
+    )

@@ -1,0 +1,61 @@
+"""LLaVA-NeXT-Video in transformers: `LlavaNextVideoForConditionalGeneration`.
+
+Images are those of LLaVA-NeXT. The model pools each frame of a video to a coarser grid before it
+projects; frames are pruned after that, over the pooled patches, whose keys are the means of the
+keys pooled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from prumerge_fast.families.base import ImageTokens
+from prumerge_fast.families.llava import project_videos, video_frames
+from prumerge_fast.families.llava_next import LlavaNextAdapter
+from prumerge_fast.reduction.config import PruMergeConfig
+from prumerge_fast.reduction.dispatch import prune_merge
+from prumerge_fast.reduction.padding import within_budget
+
+
+class LlavaNextVideoAdapter(LlavaNextAdapter):
+    """As LLaVA-NeXT, with `vision_resampler` for videos."""
+
+    image_arguments = (*LlavaNextAdapter.image_arguments, "pixel_values_videos")
+    pixels: ClassVar[dict[str, str]] = {"image": "pixel_values", "video": "pixel_values_videos"}
+
+    def encode_pixels(
+        self,
+        model: Any,
+        modality: str,
+        images: Mapping[str, Any],
+        config: PruMergeConfig,
+        backend: str,
+    ) -> ImageTokens:
+        if modality == "image":
+            return super().encode_pixels(model, modality, images, config, backend)
+        videos = images["pixel_values_videos"]
+        query, keys, hidden = self.read(model, "video", video_frames(videos), images)
+        pooled = model.model.vision_resampler(hidden[:, 1:]).to(hidden.dtype)  # [V * F, n, C]
+        means = _means(keys[:, 1:], model.config.spatial_pool_stride)  # [V * F, n, C]
+        merged = prune_merge(
+            query,
+            torch.cat((keys[:, :1], means), 1),
+            torch.cat((hidden[:, :1], pooled), 1),
+            within_budget(config, pooled.shape[1]),
+            backend=backend,
+        )
+        return project_videos(model, merged, videos, pooled.shape[1])
+
+
+def _means(tokens: Tensor, stride: int) -> Tensor:
+    """Mean of each window of stride x stride patches of a square grid, [B, N, C] to [B, n, C]."""
+    side = int(tokens.shape[1] ** 0.5)
+    grid = tokens.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # [B, C, side, side]
+    return torch.nn.functional.avg_pool2d(grid, stride).flatten(2).transpose(1, 2)
+
+
+ADAPTER = LlavaNextVideoAdapter()

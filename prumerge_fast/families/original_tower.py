@@ -1,0 +1,98 @@
+"""`CLIPVisionTower` of the original LLaVA package (llava-torch 1.2.2), alone or in a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prumerge_fast.errors import UnsupportedModelError
+from prumerge_fast.families.arguments import named_arguments
+from prumerge_fast.families.base import BaseAdapter, Override
+from prumerge_fast.reduction.dispatch import prune_merge
+from prumerge_fast.towers.clip import check_class, check_tower, layer_index, query_keys_hidden
+
+
+class OriginalTowerAdapter(BaseAdapter):
+    """The tower alone: its `forward` returns the reduced features, not projected.
+
+    A list of images gives a list of [1, m, C], as without the patch. A tensor [B, 3, S, S] gives
+    [B, m, C], which takes one m: a `keep`, or one image.
+    """
+
+    def check(self, model: Any) -> None:
+        check_class(model, "CLIPVisionTower")
+        owner = next(cls for cls in type(model).__mro__ if "forward" in vars(cls))
+        if owner.__name__ != "CLIPVisionTower":  # such as CLIPVisionTowerS2, of several scales
+            raise UnsupportedModelError(
+                "vision tower: expected the features of CLIPVisionTower, got a "
+                f"{owner.__name__}, whose forward computes others"
+            )
+        if model.is_loaded:
+            check_tower(model.vision_tower)
+        layer_index(model.config.num_hidden_layers, model.select_layer, "mm_vision_select_layer")
+        if model.select_feature != "patch":
+            raise UnsupportedModelError(
+                "mm_vision_select_feature: expected 'patch' (patch tokens without the class "
+                f"token), got {model.select_feature!r}"
+            )
+
+    def num_patches(self, model: Any) -> int:
+        return model.num_patches
+
+    def device(self, model: Any) -> torch.device:
+        return model.device if model.is_loaded else torch.device("cpu")  # where loading puts it
+
+    def query_keys_hidden(
+        self, model: Any, images: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        pixels, size = images["pixel_values"], model.config.image_size
+        shape = (model.config.num_channels, size, size)
+        if not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[1:] != shape:
+            got = list(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
+            raise ValueError(
+                f"images: expected tensors [B, {', '.join(map(str, shape))}] for this vision "
+                f"tower, got {got}"
+            )
+        with torch.no_grad():  # as the tower's own forward
+            return query_keys_hidden(
+                model.vision_tower, pixels.to(model.device, model.dtype), model.select_layer
+            )
+
+    def overrides(self, model_class: type) -> Mapping[str, Override]:
+        return {"forward": _forward}
+
+
+def _forward(
+    tower: Any,
+    adapter: OriginalTowerAdapter,
+    original: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Tensor | list[Tensor]:
+    images = named_arguments(original, *args, **kwargs)["images"]
+    listed = isinstance(images, list)
+    if listed and not images:
+        return []
+    pixels = torch.stack(images) if listed else images  # [B, 3, S, S]
+    inputs = adapter.query_keys_hidden(tower, {"pixel_values": pixels})
+    state = tower.prumerge
+    merged = prune_merge(*inputs, state.config, backend=state.backend)
+    state.last_lengths = tuple(merged.lengths.tolist())
+    features = [
+        tokens[None].to(image.dtype) for tokens, image in zip(merged.split(), images, strict=True)
+    ]  # B of [1, m, C]
+    if listed:
+        return features
+    if len(set(state.last_lengths)) > 1:
+        raise ValueError(
+            "images: expected a list, one image, or keep=n, because these images keep "
+            f"{', '.join(map(str, state.last_lengths))} tokens, which no one tensor [B, m, C] "
+            "holds; a patched LLaVA takes any batch"
+        )
+    return torch.cat(features)
+
+
+ADAPTER = OriginalTowerAdapter()

@@ -1,0 +1,35 @@
+"""ViP-LLaVA in transformers: `VipLlavaForConditionalGeneration`, with several feature layers.
+
+The features of a patch are those of all layers side by side; what scores and joins patches comes
+from the layer that reads the deepest of them (`vision.query_keys_hidden`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from prumerge_fast.families.llava import LlavaAdapter
+
+
+class VipLlavaAdapter(LlavaAdapter):
+    """As LLaVA, but for the name of the argument that chooses layers in transformers 4."""
+
+    image_arguments = (
+        "pixel_values",
+        "vision_feature_layer",
+        "vision_feature_layers",
+        "mm_encoder_outputs",
+    )
+
+    def read(
+        self, model: Any, modality: str, pixel_values: Tensor, images: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if images.get("vision_feature_layers") is not None:
+            images = {**images, "vision_feature_layer": images["vision_feature_layers"]}
+        return super().read(model, modality, pixel_values, images)
+
+
+ADAPTER = VipLlavaAdapter()

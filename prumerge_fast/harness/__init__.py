@@ -1,0 +1,1 @@
+"""A model on questions: loading, prompts, inputs, stage times, answers, provenance."""

@@ -1,0 +1,197 @@
+"""What the commands are given: images and questions, read and checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from prumerge_fast.errors import InputError
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+IMAGE_TOKEN = "<image>"  # where the image goes in a prompt, as LLaVA writes it
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question about one image.
+
+    Args:
+        question_id: As in the question file; else the number of the question, from 0.
+        image: The name of the image.
+        load: Reads the image, as RGB.
+        text: The question, or a whole prompt where `verbatim`.
+        expected: The right answer, where it is known.
+        category: The kind of question, where the question file has one.
+        verbatim: `text` holds the image token and is the prompt as it stands.
+    """
+
+    question_id: int | str
+    image: str
+    load: Callable[[], Image.Image]
+    text: str
+    expected: str | None = None
+    category: str | None = None
+    verbatim: bool = False
+
+
+def read_image(path: Path) -> Image.Image:
+    """The image in a file, as RGB.
+
+    Raises:
+        InputError: There is no such file, or it is no image that can be decoded, or one of 16 or 32
+            bits a channel.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):  # Pillow would cut values off, not scale them
+                raise InputError(
+                    f"image: expected 8 bits a channel, got {path} (Pillow's mode {image.mode})"
+                )
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise InputError(f"image: expected an existing file, got {path}") from None
+    except UnidentifiedImageError:
+        raise InputError(f"image: expected an image file, got {path} (unknown format)") from None
+    # Pillow's decoders raise the first two for data that ends early or is garbled.
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"image: expected a readable image, got {path} ({error})") from None
+
+
+def find_images(paths: Iterable[Path]) -> list[Path]:
+    """The files themselves and, for each folder, its image files by name.
+
+    Raises:
+        InputError: A path does not exist, or a folder holds no image.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(
+                p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()
+            )
+            if not inside:
+                raise InputError(
+                    f"--images: expected a folder with images ({', '.join(IMAGE_SUFFIXES)}), "
+                    f"got {path}, which holds none"
+                )
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise InputError(f"--images: expected an existing file or folder, got {path}")
+    return found
+
+
+def items_from_images(paths: Iterable[Path], prompts: list[str]) -> list[Item]:
+    """Every prompt about every image.
+
+    Raises:
+        InputError: A path or a prompt is unusable.
+    """
+    for prompt in prompts:
+        _check_unicode(prompt, "--prompt")
+        if prompt.count(IMAGE_TOKEN) > 1:
+            raise InputError(
+                f"--prompt: expected at most one {IMAGE_TOKEN}, got {prompt.count(IMAGE_TOKEN)} "
+                f"in {prompt!r}"
+            )
+    pairs = [(path, prompt) for path in find_images(paths) for prompt in prompts]
+    return [
+        Item(
+            number,
+            str(path),
+            partial(read_image, path),
+            prompt,
+            verbatim=IMAGE_TOKEN in prompt,
+        )
+        for number, (path, prompt) in enumerate(pairs)
+    ]
+
+
+def items_from_jsonl(path: Path, folder: Path) -> list[Item]:
+    """The questions of a file in LLaVA's own format: one JSON object a line.
+
+    `question_id`, `image` (a path below `folder`) and `text` are required; `answer` or `label` (the
+    right answer) and `category` are optional. An image token in `text` is dropped, as LLaVA does,
+    because the prompt's format puts the image first.
+
+    Raises:
+        InputError: The file cannot be read or is empty, or a line (named by its number) is not in
+            that format or names an image that does not exist.
+    """
+    try:
+        # Not splitlines: JSON strings may hold characters that it takes for line ends.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"--questions: expected a readable text file, got {path} ({error})"
+        ) from None
+    items = [
+        _item(line, f"{path}:{number}", folder)
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+    if not items:
+        raise InputError(f"--questions: expected at least one question, got {path}, which is empty")
+    return items
+
+
+def _item(line: str, where: str, folder: Path) -> Item:
+    try:
+        record: Any = json.loads(line)
+    # Beside JSONDecodeError: ValueError for a number and RecursionError for nesting without end.
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: expected one JSON object a line, got {error}") from None
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: expected a JSON object, got {type(record).__name__}")
+    missing = [name for name in ("question_id", "image", "text") if name not in record]
+    if missing:
+        raise InputError(
+            f"{where}: expected the fields question_id, image and text, got none named "
+            f"{' or '.join(missing)}"
+        )
+    for name, types in (("question_id", (int, str)), ("image", (str,)), ("text", (str,))):
+        if not isinstance(record[name], types):
+            raise InputError(
+                f"{where}: expected {name} to be {' or '.join(t.__name__ for t in types)}, "
+                f"got {record[name]!r}"
+            )
+    for name in ("question_id", "text", "answer", "label", "category"):
+        _check_unicode(str(record.get(name)), f"{where}: {name}")
+    image = folder / record["image"]
+    try:
+        exists = image.is_file()
+    except OSError:  # a name that no file can have
+        exists = False
+    if not exists:
+        raise InputError(f"{where}: expected an existing image, got {image}")
+    expected = record.get("answer")
+    if expected is None:  # no answer, or null for one
+        expected = record.get("label")
+    if isinstance(expected, (bool, dict, list)):  # as text, no answer would ever match it
+        raise InputError(
+            f"{where}: expected answer or label to be a str or a number, got {expected!r}"
+        )
+    category = record.get("category")
+    return Item(
+        question_id=record["question_id"],
+        image=record["image"],
+        load=partial(read_image, image),
+        text=record["text"].replace(IMAGE_TOKEN, "").strip(),
+        expected=None if expected is None else str(expected),
+        category=None if category is None else str(category),
+    )
+
+
+def _check_unicode(text: str, name: str) -> None:
+    """Raises InputError for halves of surrogate pairs, which no tokenizer and no file takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name}: expected Unicode text, got {text!r} ({error})") from None

@@ -1,0 +1,205 @@
+"""Loads a LLaVA and its processor."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prumerge_fast.errors import InputError, UnsupportedModelError
+from prumerge_fast.families import adapter_for
+from prumerge_fast.harness.quantisation import quantisation_config
+from prumerge_fast.harness.sizes import check_sizes
+from prumerge_fast.reduction.config import PruMergeConfig
+
+_ARCHITECTURE = "LlavaForConditionalGeneration"  # what the stages are timed on
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A LLaVA, ready to run, with its processor.
+
+    Args:
+        patches: N, the patch tokens of an image.
+        conv_template: The conversation that questions stand in; `None`: the processor's own.
+        image_aspect_ratio: "pad": images are padded to squares first; `None`: as they are.
+    """
+
+    model: Any
+    processor: Any
+    name: str
+    device: torch.device
+    dtype: torch.dtype
+    patches: int
+    conv_template: str | None = None
+    image_aspect_ratio: str | None = None
+
+
+def load(
+    model: str | Path,
+    *,
+    dtype: str,
+    device: str,
+    bits: int | None = None,
+    conv_template: str | None = None,
+    image_aspect_ratio: str | None = None,
+) -> Loaded:
+    """Loads a LLaVA from a folder or the hub.
+
+    Args:
+        model: Folder or hub name.
+        dtype: "auto" (float32 on a CPU, else float16), "float32", "bfloat16" or "float16".
+        device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:INDEX".
+        bits: Quantise the language model with bitsandbytes to 4 (NF4) or 8; `None` leaves it.
+        conv_template: "vicuna_v1", or `None` for the processor's chat template.
+        image_aspect_ratio: "pad", or `None` to leave images to the processor.
+
+    Raises:
+        InputError: The model, the device or the quantisation is not available, or the model is of
+            no supported family.
+        UnsupportedModelError: PruMerge cannot work on this model of a supported family.
+    """
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging as transformers_logging
+
+    # Standard error is for our own messages and, on a terminal, for the progress of downloads.
+    transformers_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    target = resolve_device(device)
+    precision = _resolve_dtype(dtype, target)
+    source, name = _source(str(model))
+    if sys.stderr.isatty():
+        print(f"loading {source}", file=sys.stderr)
+    else:
+        transformers_logging.disable_progress_bar()
+    config = read_config(source, "a folder or a hub name of a LLaVA")
+    if _ARCHITECTURE not in (config.architectures or ()):
+        raise InputError(
+            f"--model: expected a {_ARCHITECTURE}, got "
+            f"{' '.join(config.architectures or [config.model_type])} in {source}"
+        )
+    try:
+        check_sizes(config, "vision_config")  # of the text model, each kind has its own
+    except UnsupportedModelError as error:
+        raise InputError(f"--model {source}: {error}") from None
+    try:
+        processor = AutoProcessor.from_pretrained(source)
+        found: Any = AutoModelForImageTextToText.from_pretrained(
+            source,
+            dtype=precision,
+            output_loading_info=True,
+            **_quantisation(bits, precision, target),
+        )
+    except InputError:
+        raise
+    except Exception as error:  # files that are absent, broken or do not fit each other raise any
+        raise InputError(
+            f"--model: expected a folder or a hub name of a LLaVA, got {source} "
+            f"({type(error).__name__}: {error})"
+        ) from None
+    llava, loading = found
+    if loading["missing_keys"]:  # transformers would only have warned, and made up weights
+        raise InputError(
+            f"--model: expected all weights in {source}, got none for "
+            f"{len(loading['missing_keys'])} parameters, such as {min(loading['missing_keys'])}"
+        )
+    adapter = adapter_for(llava)
+    adapter.check(llava)
+    if bits is None:
+        llava.to(target)
+    processor.tokenizer.padding_side = "left"
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    patches = adapter.num_patches(llava)
+    return Loaded(
+        llava.eval(), processor, name, target, precision, patches, conv_template, image_aspect_ratio
+    )
+
+
+def read_config(source: str, expected: str) -> Any:
+    """The configuration in a folder or on the hub.
+
+    Raises:
+        InputError: There is none, or it is broken; `expected` says what was.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except Exception as error:  # what values of the wrong kind raise depends on where they are
+        raise InputError(
+            f"--model: expected {expected}, got {source} ({type(error).__name__}: {error})"
+        ) from None
+    architectures = config.architectures or []
+    if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
+        raise InputError(
+            f"--model {source}: architectures: expected a list of names, got {architectures!r}"
+        )
+    return config
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device of that name; for "auto" a GPU where there is one, otherwise the CPU.
+
+    Raises:
+        InputError: There is no such device.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        raise InputError(
+            f"--device: expected auto, cpu, cuda or cuda:INDEX, got {device!r}"
+        ) from None
+    if target.type not in ("cpu", "cuda"):
+        raise InputError(f"--device: expected auto, cpu, cuda or cuda:INDEX, got {device!r}")
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"--device: expected one of the {torch.cuda.device_count()} CUDA devices that PyTorch "
+            f"sees here, got {device!r}"
+        )
+    return target
+
+
+def check_keep(config: PruMergeConfig, patches: int) -> None:
+    """Raises InputError where `keep` is more than the patch tokens of an image."""
+    try:
+        config.budget(patches)
+    except ValueError as error:
+        raise InputError(f"--{error}") from None
+
+
+def _resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.float16
+    return getattr(torch, dtype)
+
+
+def _source(model: str) -> tuple[str, str]:
+    """Where to load from, and the model's name in results."""
+    folder = Path(model).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise InputError(f"--model: expected a folder with config.json, got {model}, without it")
+    return (
+        (str(folder), folder.resolve().name) if folder.is_dir() else (model, model.split("/")[-1])
+    )
+
+
+def _quantisation(bits: int | None, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for 4 or 8 bits."""
+    if bits is None:
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(
+            f"--load-in-{bits}bit: expected bitsandbytes to be installed, got none; "
+            "run: pip install 'prumerge_fast[int4]'"
+        )
+    return {"quantization_config": quantisation_config(bits, dtype), "device_map": {"": device}}

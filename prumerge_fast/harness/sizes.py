@@ -1,0 +1,29 @@
+"""Checks the sizes in a configuration before they are computed with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prumerge_fast.errors import UnsupportedModelError
+
+_WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
+_SIZES = {
+    "vision_config": (*_WIDTHS, "image_size", "patch_size", "num_channels"),
+    "text_config": (*_WIDTHS, "vocab_size"),
+}
+
+
+def check_sizes(config: Any, *parts: str) -> None:
+    """Raise `UnsupportedModelError` if a size in these parts of a configuration cannot be one."""
+    for part in parts:
+        for name in _SIZES[part]:
+            size = getattr(getattr(config, part), name, 1)
+            if not isinstance(size, int) or size < 1:
+                raise UnsupportedModelError(
+                    f"{part}.{name}: expected a whole number >= 1, got {size!r}"
+                )
+    image, patch = (getattr(config.vision_config, name, 1) for name in ("image_size", "patch_size"))
+    if image < patch:
+        raise UnsupportedModelError(
+            f"vision_config.image_size: expected at least patch_size, {patch}, got {image}"
+        )

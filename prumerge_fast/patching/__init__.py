@@ -1,0 +1,1 @@
+"""`patch` and what it changes: `forward`, `generate`, prompts and caches of a patched model."""

@@ -1,0 +1,34 @@
+"""The methods that a patched model has otherwise than its class."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+import torch
+
+from prumerge_fast.families.base import Adapter, BaseAdapter, Override
+from prumerge_fast.patching import forward, generation
+
+
+def overrides_of(adapter: BaseAdapter, model_class: type) -> Mapping[str, Override]:
+    """What `patch` overrides of a model's methods, by name: of transformers' families the same."""
+    if not isinstance(adapter, Adapter):
+        return adapter.overrides(model_class)
+    features: dict[str, Override] = {
+        f"get_{modality}_features": functools.partial(forward.get_features, modality)
+        for modality in adapter.pixels
+        if hasattr(model_class, f"get_{modality}_features")
+    }
+    return {
+        **features,
+        "forward": forward.forward,
+        "generate": torch.no_grad()(generation.generate),
+        "_get_logits_processor": lambda model, adapter, original, args, kwargs: (
+            generation.logits_processors(original, *args, **kwargs)
+        ),
+        "_get_stopping_criteria": lambda model, adapter, original, args, kwargs: (
+            generation.stopping_criteria(original, *args, **kwargs)
+        ),
+        **adapter.overrides(model_class),
+    }

@@ -1,0 +1,167 @@
+"""`prune_merge`: checks its arguments, chooses a backend and runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prumerge_fast.errors import BackendUnavailableError
+from prumerge_fast.reduction.autocast import without_autocast
+from prumerge_fast.reduction.config import PruMergeConfig
+from prumerge_fast.reduction.output import MergedTokens
+from prumerge_fast.reduction.reference import prune_merge_reference
+from prumerge_fast.reduction.torch_backend import prune_merge_torch
+from prumerge_fast.reduction.triton_backend import prune_merge_triton, triton_obstacle
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_DEFAULT_CONFIG = PruMergeConfig()
+# Each takes query [B, C], keys [B, 1+N, C], hidden [B, 1+N, S * C] and a config, all checked.
+_IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, PruMergeConfig], MergedTokens]] = {
+    "torch": prune_merge_torch,
+    "reference": prune_merge_reference,
+    "triton": prune_merge_triton,
+}
+
+
+class ResolvedBackend(NamedTuple):
+    """The backend that will run, and why, in words for a person."""
+
+    name: str
+    reason: str
+
+
+def resolve_backend(
+    backend: str,
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+    num_patches: int | None = None,
+) -> ResolvedBackend:
+    """Which backend runs for tensors on `device` when `backend` is asked for.
+
+    Args:
+        backend: One of `BACKENDS`.
+        device: Where the tensors are.
+        dtype: Their dtype; `None`: one that every backend takes.
+        num_patches: N; `None`: a number that every backend takes.
+
+    Raises:
+        TypeError: `backend` is no string.
+        ValueError: There is no backend of that name.
+        BackendUnavailableError: The backend was asked for by name and cannot run.
+    """
+    if not isinstance(backend, str):
+        raise TypeError(f"backend: expected a string, got {backend!r} ({type(backend).__name__})")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    device = torch.device(device)
+    if backend == "auto":
+        if device.type == "cpu":
+            return ResolvedBackend("torch", "vectorised PyTorch, because the tensors are on a CPU")
+        obstacle = triton_obstacle(device, dtype, num_patches)
+        if obstacle is None:
+            return ResolvedBackend("triton", "a Triton kernel supports this device")
+        return ResolvedBackend("torch", f"vectorised PyTorch, because {obstacle}")
+    if backend == "triton":
+        obstacle = triton_obstacle(device, dtype, num_patches)
+        if obstacle is not None:
+            raise BackendUnavailableError(f"backend='triton' cannot run: {obstacle}")
+    return ResolvedBackend(backend, "asked for by name")
+
+
+def prune_merge(
+    query: Tensor,
+    keys: Tensor,
+    hidden: Tensor,
+    config: PruMergeConfig | None = None,
+    *,
+    backend: str = "auto",
+) -> MergedTokens:
+    """Reduce the patch tokens of B images (LLaVA-PruMerge, arXiv 2403.15388, Algorithm 1).
+
+    Scores, similarities and sums are computed in float32 (float64 for float64 input), autocast or
+    not; on a GPU, the torch and reference backends follow `torch.set_float32_matmul_precision`.
+    Row 0 of every input is the class token. With `keep` given, shapes are static and nothing waits
+    for the device; without it, the number of rows is read once.
+
+    Differentiable in `query`, `keys` and `hidden`; the selection is held constant.
+
+    Values that are not finite stay in their image and never hang or index out of bounds. An
+    image whose scores hold a NaN or +inf has NaN attention throughout: no token is an outlier,
+    a `keep` of n takes the n tokens of lowest index, and rows that attention weighs are NaN. A
+    similarity that is NaN (from an infinite key) ranks below every other. A token of `hidden`
+    that is not finite makes the rows that use it not finite, and, in the torch and Triton backends,
+    may do so to every merged row of its image. A key that is zero has similarity 0 to all.
+
+    Args:
+        query: [B, C] or [B, 1+N, C] (its row 0 is used); queries of the layer that reads `hidden`.
+        keys: [B, 1+N, C]; keys of that layer.
+        hidden: [B, 1+N, C]; the features to reduce. Or [B, 1+N, S * C], several layers' side by
+            side, as ViP-LLaVA has them.
+        config: What to keep and how to merge; `None` for the defaults.
+        backend: `"auto"`, `"triton"`, `"torch"` or `"reference"`.
+
+    All three tensors share one device and one dtype of float16, bfloat16, float32 or float64.
+
+    Returns:
+        The reduced tokens, in the dtype of `hidden`. `capacity` is the number of rows of the
+        longest image, which is `config.capacity(N)` at most and exactly that with `keep` given.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes or devices do not fit together, N is 0, `keep` is larger than N, or
+            there is no such backend.
+        BackendUnavailableError: The backend was asked for by name and cannot run.
+    """
+    if config is None:
+        config = _DEFAULT_CONFIG
+    elif not isinstance(config, PruMergeConfig):
+        raise TypeError(f"config: expected a PruMergeConfig or None, got {type(config).__name__}")
+    _check_tensors(query, keys, hidden)
+    resolved = resolve_backend(backend, keys.device, keys.dtype, keys.shape[1] - 1)
+    implementation = _IMPLEMENTATIONS[resolved.name]
+    if query.ndim == 3:
+        query = query[:, 0]  # [B, C]
+    with without_autocast(keys.device.type):
+        return implementation(query, keys, hidden, config)
+
+
+def _check_tensors(query: Tensor, keys: Tensor, hidden: Tensor) -> None:
+    tensors = {"query": query, "keys": keys, "hidden": hidden}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(
+                f"{name}: expected dtype {', '.join(map(str, _DTYPES))}, got {tensor.dtype}"
+            )
+    if keys.ndim != 3:
+        raise ValueError(f"keys: expected shape [B, 1+N, C], got {list(keys.shape)}")
+    batch, rows, channels = keys.shape
+    if rows < 2 or channels < 1:
+        raise ValueError(
+            "keys: expected shape [B, 1+N, C] with at least one patch token (N >= 1) and one "
+            f"channel, got {list(keys.shape)}"
+        )
+    width = hidden.shape[-1] if hidden.ndim == 3 else 0
+    if hidden.shape[:-1] != keys.shape[:-1] or width < channels or width % channels:
+        raise ValueError(
+            f"hidden: expected the shape of keys, {list(keys.shape)}, or a multiple of its "
+            f"channels, got {list(hidden.shape)}"
+        )
+    if query.shape not in ((batch, channels), (batch, rows, channels)):
+        raise ValueError(
+            f"query: expected shape {[batch, channels]} or {[batch, rows, channels]} to go with "
+            f"keys, got {list(query.shape)}"
+        )
+    for name, tensor in tensors.items():
+        if tensor.dtype != keys.dtype:
+            raise TypeError(f"{name}: expected the dtype of keys, {keys.dtype}, got {tensor.dtype}")
+        if tensor.device != keys.device:
+            raise ValueError(
+                f"{name}: expected the device of keys, {keys.device}, got {tensor.device}"
+            )

@@ -1,0 +1,137 @@
+"""LLaVA-PruMerge by the letter (arXiv 2403.15388, Algorithm 1): one image, one centre at a time.
+
+The definition that every other backend is tested against, written to be read beside the paper.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from prumerge_fast.reduction.config import PruMergeConfig
+from prumerge_fast.reduction.output import MergedTokens
+
+
+def prune_merge_reference(
+    query: Tensor, keys: Tensor, hidden: Tensor, config: PruMergeConfig
+) -> MergedTokens:
+    """Reduce the patch tokens of B images, image by image.
+
+    Args:
+        query: [B, C], the class token's query.
+        keys: [B, 1+N, C].
+        hidden: [B, 1+N, S * C].
+        config: What to keep and how to merge.
+
+    Returns:
+        Rows padded to the longest image, in the dtype of `hidden`; computed in float32, or
+        float64 for float64 input.
+    """
+    compute = torch.promote_types(hidden.dtype, torch.float32)
+    batch, rows, channels = hidden.shape
+    images = []
+    for q, k, y in zip(query.to(compute), keys.to(compute), hidden.to(compute), strict=True):
+        attention = class_attention(q, k)  # [N]
+        centres = select_centres(attention.detach(), config)  # m indices
+        images.append((attention, centres, merge_rows(attention, k[1:], y[1:], centres, config)))
+
+    if config.keep is None:
+        capacity = max((len(tokens) for _, _, tokens in images), default=int(config.supplement))
+    else:
+        capacity = config.capacity(rows - 1)
+    tokens = hidden.new_zeros(batch, capacity, channels)
+    lengths = torch.zeros(batch, dtype=torch.int32)
+    kept = torch.full((batch, capacity), -1, dtype=torch.int32)
+    attentions = hidden.new_zeros(batch, rows - 1, dtype=compute)
+    for b, (attention, centres, merged) in enumerate(images):
+        tokens[b, : len(merged)] = merged.to(hidden.dtype)
+        lengths[b] = len(merged)
+        kept[b, : len(centres)] = torch.tensor(centres, dtype=torch.int32)
+        attentions[b] = attention
+    return MergedTokens(tokens, lengths.to(hidden.device), kept.to(hidden.device), attentions)
+
+
+def class_attention(query: Tensor, keys: Tensor) -> Tensor:
+    """Attention of the class token to each patch: query [C], keys [1+N, C] -> [N].
+
+    One head over the full width; the softmax includes the class token's own key, whose column is
+    then dropped.
+    """
+    scores = keys @ query / math.sqrt(len(query))  # [1+N]
+    return scores.softmax(0)[1:]
+
+
+def select_centres(attention: Tensor, config: PruMergeConfig) -> list[int]:
+    """Patch indices of the centres, in output order: attention [N] -> m distinct indices."""
+    num_patches = len(attention)
+    values = attention.tolist()
+    by_attention = sorted(range(num_patches), key=lambda j: (-_nan_as_least(values[j]), j))
+    budget = config.budget(num_patches)
+    if budget is None:
+        q1, q3 = percentile(attention, 0.25), percentile(attention, 0.75)
+        fence = float(q3 + config.fence * (q3 - q1))
+        centres = [j for j in by_attention if values[j] > fence]
+        if config.variant == "prumerge+":
+            stride = max(1, int(int(num_patches / max(1, len(centres))) / 3))
+            centres += [j for j in range(0, num_patches - 1, stride) if j not in centres]
+    elif config.variant == "prumerge":
+        centres = by_attention[:budget]
+    else:
+        spatial = budget // 2
+        centres = by_attention[: budget - spatial]
+        remaining = [j for j in range(num_patches) if j not in centres]
+        centres += [remaining[i * len(remaining) // spatial] for i in range(spatial)]
+    return sorted(centres) if config.order == "raster" else centres
+
+
+def percentile(values: Tensor, share: float) -> Tensor:
+    """The value below which a share of `values` [N] lies, by linear interpolation."""
+    ascending = values.sort().values
+    position = share * (len(values) - 1)
+    low, high = ascending[math.floor(position)], ascending[math.ceil(position)]
+    weight = position - math.floor(position)
+    # From the nearer end: rounds as NumPy does, whose percentile the authors use.
+    if weight < 0.5:
+        return low + (high - low) * weight
+    return high - (high - low) * (1 - weight)
+
+
+def merge_rows(
+    attention: Tensor, keys: Tensor, hidden: Tensor, centres: list[int], config: PruMergeConfig
+) -> Tensor:
+    """The output rows of one image: attention [N], keys and hidden [N, C] -> [m (+ 1), C]."""
+    unit_keys = normalize(keys.detach(), dim=-1)  # [N, C]
+    rows = []
+    for p in centres:
+        if config.merge == "none":
+            rows.append(hidden[p])
+            continue
+        neighbours = nearest(unit_keys, p, config.neighbours)  # k indices
+        weighed = attention[neighbours] @ hidden[neighbours]  # [C]
+        if config.merge == "sum":
+            rows.append(hidden[p] + weighed)
+            continue
+        total = attention[p] + attention[neighbours].sum()
+        mean = (attention[p] * hidden[p] + weighed) / total
+        rows.append(hidden[p] if total == 0 else mean)
+    if config.supplement:
+        others = [j for j in range(len(attention)) if j not in centres]
+        rows.append(attention[others] @ hidden[others])
+    return torch.stack(rows) if rows else hidden[:0]
+
+
+def nearest(unit_keys: Tensor, centre: int, count: int) -> list[int]:
+    """The `count` tokens most similar to a centre, among all others: unit_keys [N, C]."""
+    others = [j for j in range(len(unit_keys)) if j != centre]
+    similarity = (unit_keys[others] @ unit_keys[centre]).tolist()  # N - 1 cosines
+    ranked = sorted(
+        zip(similarity, others, strict=True), key=lambda s: (-_nan_as_least(s[0]), s[1])
+    )
+    return [j for _, j in ranked[:count]]
+
+
+def _nan_as_least(value: float) -> float:
+    return -math.inf if math.isnan(value) else value

@@ -1,0 +1,72 @@
+"""The kernel in Triton's interpreter; `test_kernel_interpreter.py` runs this with it switched on.
+
+No bfloat16: the interpreter computes it wrongly (ptxemu does not).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import (
+    CONFIGS,
+    GOLDEN,
+    assert_generates_like_torch,
+    assert_like_golden,
+    assert_like_torch,
+    random_inputs,
+)
+
+from prumerge_fast.reduction.config import PruMergeConfig
+
+slow = pytest.mark.slow
+
+
+@pytest.fixture(params=[torch.float32, torch.float16], ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_option(name: str, dtype: torch.dtype) -> None:
+    assert_like_torch(random_inputs(2, 23, 40, dtype), CONFIGS[name], dtype)
+
+
+@pytest.mark.parametrize(
+    ("num_patches", "channels"),
+    [
+        (16, 64),
+        (49, 384),
+        (196, 192),
+        pytest.param(256, 768, marks=slow),
+        pytest.param(577, 1000, marks=slow),
+        pytest.param(729, 1152, marks=slow),
+        pytest.param(1024, 1664, marks=slow),
+    ],
+)
+def test_shapes(num_patches: int, channels: int, dtype: torch.dtype) -> None:
+    inputs = random_inputs(1, num_patches, channels, dtype)
+    assert_like_torch(inputs, PruMergeConfig(fence=2.5), dtype)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize(
+    ("config", "suffix"),
+    [
+        (PruMergeConfig(), ""),
+        pytest.param(PruMergeConfig(variant="prumerge+"), "_plus", marks=slow),
+        pytest.param(PruMergeConfig(keep=72), "_top72", marks=slow),
+    ],
+    ids=["prumerge", "plus", "top72"],
+)
+def test_golden(name: str, config: PruMergeConfig, suffix: str, dtype: torch.dtype) -> None:
+    assert_like_golden(name, config, suffix, dtype)
+
+
+def test_feature_layers_side_by_side(dtype: torch.dtype) -> None:
+    query, keys, hidden = random_inputs(2, 23, 40, dtype)
+    layers = torch.cat((hidden, keys), 2)  # [B, 1+N, 2 * C]
+    assert_like_torch((query, keys, layers), CONFIGS["default"], dtype)
+
+
+def test_patched_generate() -> None:
+    assert_generates_like_torch()
