@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from prumerge_fast.families.base import ImageTokens
+from prumerge_fast.families.base import ImageTokens, inner_model
 from prumerge_fast.families.llava import project_videos, video_frames
 from prumerge_fast.families.llava_next import LlavaNextAdapter
 from prumerge_fast.reduction.config import PruMergeConfig
@@ -39,7 +39,8 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
             return super().encode_pixels(model, modality, images, config, backend)
         videos = images["pixel_values_videos"]
         query, keys, hidden = self.read(model, "video", video_frames(videos), images)
-        pooled = model.model.vision_resampler(hidden[:, 1:]).to(hidden.dtype)  # [V * F, n, C]
+        pool = inner_model(model).vision_resampler
+        pooled = pool(hidden[:, 1:]).to(hidden.dtype)  # [V * F, n, C]
         means = _means(keys[:, 1:], model.config.spatial_pool_stride)  # [V * F, n, C]
         merged = prune_merge(
             query,
