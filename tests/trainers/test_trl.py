@@ -15,10 +15,12 @@ pytest.importorskip("trl")
 import datasets
 import torch
 from peft import LoraConfig
+from recipes import run
 from tiny_models import EVERYTHING, lengths_seen
 from transformers import AutoProcessor
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
+import prumerge_fast
 from prumerge_fast.demo import MODEL_DIR, load_demo
 from prumerge_fast.demo.scenes import benchmark
 from prumerge_fast.patching.patch import is_patched, patch, unpatch
@@ -153,3 +155,11 @@ def test_losses_with_everything_kept_are_the_plain_models(name: str, tmp_path: P
     actual = step(TRAINERS[name](model, tmp_path / "patched"))
     assert actual == pytest.approx(expected, rel=1e-3, abs=1e-6)
     assert max(seen) > PATCHES
+
+
+def test_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = {"prumerge_fast": prumerge_fast, "model": load_demo()[0], "processor": processor()}
+    changed = {'"runs/sft", max_length': '"runs/sft", max_steps=1, use_cpu=True, max_length'}
+    run({**names, "data": rows(**ANSWERED)}, "trl", **changed)
+    assert set(names["model"].prumerge.last_lengths) == {65}
