@@ -56,29 +56,12 @@ def forward(
 ) -> Any:
     """Run `original`, the whole model's own `forward`, on the shrunk form of what was passed.
 
-    Without images there is nothing to do that the inner model does not do (`inner_forward`).
+    Behind a prompt there is nothing to do that the inner model does not do.
     """
     if not _may_have_images(adapter, args, kwargs):
         return original(*args, **kwargs)
     arguments = named_arguments(original, *args, **kwargs)
-    images = take_images(adapter, arguments)
-    cache = cache_of(arguments)
-    if remembered_layout(cache) is None:
-        check_no_placeholders(model, adapter, arguments.get("input_ids"), images)
-    if not adapter.has_images(images):
-        return original(**arguments)
-    check_cache_is_empty(cache)
-    return_dict = _returns_dict(model, arguments)
-    prompt = _shrink(model, adapter, arguments, images)
-    shown = _shown_rows(model, prompt.layout, arguments)
-    outputs = original(**arguments, return_dict=True)
-    if shown is not None:
-        outputs.logits = _rows(outputs.logits, shown)
-        if outputs.hidden_states is not None:
-            every = prompt.layout.rows_of_columns()  # [B, L]
-            outputs.hidden_states = tuple(_rows(state, every) for state in outputs.hidden_states)
-    prompt.note_on(outputs)
-    return outputs if return_dict else outputs.to_tuple()
+    return _forward(model, adapter, original, arguments, _rows_of_logits)
 
 
 def inner_forward(
@@ -89,27 +72,49 @@ def inner_forward(
     kwargs: dict[str, Any],
 ) -> Any:
     """Run `original`, the inner model's own `forward`, on the shrunk form of what was passed."""
-    if not _may_have_images(adapter, args, kwargs) and remembered_layout(cache_of(kwargs)) is None:
+    layout = remembered_layout(cache_of(kwargs))
+    if not _may_have_images(adapter, args, kwargs) and layout is None:
         return original(*args, **kwargs)
     arguments = named_arguments(original, *args, **kwargs)
+    return _forward(model, adapter, original, arguments, _rows_of_hidden_states, continues=True)
+
+
+def _forward(
+    model: Any,
+    adapter: Adapter,
+    original: Callable[..., Any],
+    arguments: dict[str, Any],
+    rows_of_outputs: Callable[[PromptLayout, dict[str, Any]], dict[str, Tensor]],
+    *,
+    continues: bool = False,
+) -> Any:
+    """Run `original` on the shrunk form of `arguments`, and give its outputs the caller's length.
+
+    Args:
+        rows_of_outputs: `(layout, arguments)` to the rows [B, k] of each output by name; it may
+            change the arguments.
+        continues: Whether a step behind a shrunk prompt is still in the caller's terms.
+    """
     images = take_images(adapter, arguments)
     cache = cache_of(arguments)
     layout = remembered_layout(cache)
     if layout is None:
         check_no_placeholders(model, adapter, arguments.get("input_ids"), images)
     if not adapter.has_images(images):
-        if layout is not None:
+        if layout is not None and continues:
             _continue_prompt(arguments, layout)
         return original(**arguments)
     check_cache_is_empty(cache)
     return_dict = _returns_dict(model, arguments)
     prompt = _shrink(model, adapter, arguments, images)
+    as_caller = model.prumerge.outputs == "caller"
+    rows = rows_of_outputs(prompt.layout, arguments) if as_caller else {}
     outputs = original(**arguments, return_dict=True)
-    if model.prumerge.outputs == "caller":
-        every = prompt.layout.rows_of_columns()  # [B, L]
-        outputs.last_hidden_state = _rows(outputs.last_hidden_state, every)
-        if outputs.hidden_states is not None:
-            outputs.hidden_states = tuple(_rows(state, every) for state in outputs.hidden_states)
+    for name, index in rows.items():
+        if isinstance(outputs.get(name), tuple):  # of every layer
+            outputs[name] = tuple(_rows(states, index) for states in outputs[name])
+        elif outputs.get(name) is not None:
+            outputs[name] = _rows(outputs[name], index)
     prompt.note_on(outputs)
     return outputs if return_dict else outputs.to_tuple()
 
@@ -405,23 +410,25 @@ def _checked_last(arguments: dict[str, Any]) -> int:
     return logits_to_keep
 
 
-def _shown_rows(model: Any, layout: PromptLayout, arguments: dict[str, Any]) -> Tensor | None:
-    """Which rows of the logits stand for which of the caller's columns, [B, k].
+def _rows_of_logits(layout: PromptLayout, arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """Which rows stand for which of the caller's columns.
 
     `logits_to_keep`, the last or any of the caller's columns, becomes the rows that any prompt
-    needs for them. `None`: the logits are returned as they are.
+    needs for them.
     """
-    if model.prumerge.outputs == "shrunk":
-        return None
     rows = layout.rows_of_columns()  # [B, L]
     logits_to_keep = arguments.get("logits_to_keep", 0)
     if isinstance(logits_to_keep, int) and logits_to_keep == 0:
-        return rows
+        return {"logits": rows, "hidden_states": rows}
     columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-    rows = rows[:, columns]  # [B, k]
-    needed = rows.unique()  # ascending
-    arguments["logits_to_keep"] = needed
-    return torch.searchsorted(needed, rows)
+    kept = rows[:, columns]  # [B, k]
+    arguments["logits_to_keep"] = needed = kept.unique()  # ascending
+    return {"logits": torch.searchsorted(needed, kept), "hidden_states": rows}
+
+
+def _rows_of_hidden_states(layout: PromptLayout, arguments: dict[str, Any]) -> dict[str, Tensor]:
+    rows = layout.rows_of_columns()  # [B, L]
+    return {"last_hidden_state": rows, "hidden_states": rows}
 
 
 def _rows(values: Tensor, index: Tensor) -> Tensor:
