@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from PIL import Image
 
 from prumerge_fast.errors import InputError, PruMergeError
 from prumerge_fast.harness.files import NO_ROOM
@@ -126,7 +127,10 @@ def _compare(
     model: ModelOption = None,
     images: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE|FOLDER ...", help="Images to ask about."),
+        typer.Option(
+            metavar="FILE|FOLDER ...",
+            help="Images to ask about; of a folder, those right in it. HEIC needs pillow-heif.",
+        ),
     ] = None,
     prompt: Annotated[
         list[str] | None,
@@ -420,6 +424,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     # Bad usage, in typer of any version: the base class is public only through this subclass.
     usage_error: Any = typer.BadParameter.__base__
+    # Phones take 200 megapixels; Pillow refuses twice this number, for fear of small files that
+    # fill the memory.
+    Image.MAX_IMAGE_PIXELS = 2**27
     try:
         code = app(arguments, prog_name="prumerge-fast", standalone_mode=False, obj=arguments)
         sys.stdout.flush()

@@ -15,6 +15,7 @@ from prumerge_fast.demo import MODEL_DIR
 from prumerge_fast.demo.items import items_from_demo
 from prumerge_fast.errors import InputError
 from prumerge_fast.harness.answers import Answer, summarise
+from prumerge_fast.harness.folders import find_images
 from prumerge_fast.harness.inputs import Item, items_from_images, items_from_jsonl
 from prumerge_fast.harness.models import Loaded, check_keep, load
 from prumerge_fast.harness.prompts import prepare
@@ -151,7 +152,10 @@ def _items(options: CompareOptions) -> list[Item]:
     if options.images:
         if not options.prompts:
             raise InputError("--prompt: expected at least one with --images, got none")
-        return items_from_images(options.images, options.prompts)
+        found = find_images(options.images)
+        if found.skipped:
+            report.remark(found.remark())
+        return items_from_images(found.images, options.prompts)
     if options.prompts:
         raise InputError("--images: expected at least one with --prompt, got none")
     return items_from_demo(options.count)

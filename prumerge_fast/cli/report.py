@@ -95,6 +95,11 @@ def messages() -> Console:
     return Console(stderr=True)
 
 
+def remark(text: str) -> None:
+    """Writes a line to standard error; names of files are no markup."""
+    messages().print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def progress(total: int, completed: int = 0) -> Iterator[Callable[[int], None]]:
     """A bar of questions on standard error, where that is a terminal; what it gives moves it on."""

@@ -147,6 +147,17 @@ def test_padding_is_that_of_llava(folder, size):
     assert prompts.framed(plain, picture) is picture
 
 
+@pytest.mark.parametrize("size", [(1, 1), (3, 3), (40, 3), (3, 40), (40, 1)])
+def test_a_few_pixels_are_not_taken_for_channels(folder, size):
+    """Image processors of transformers 4 guess which side the channels are."""
+    loaded = models.load(str(folder), dtype="auto", device="cpu")
+    process = loaded.processor.image_processor
+    red = process(Image.new("RGB", (30, 30), "red"), return_tensors="pt")["pixel_values"]
+    framed = prompts.framed(loaded, Image.new("RGB", size, "red"))
+    assert min(framed.size) > 3
+    assert torch.equal(process(framed, return_tensors="pt")["pixel_values"], red)
+
+
 def test_show_draws_what_the_padded_model_sees(folder, photos, tmp_path, capsys):
     ask = ["show", str(photos / "coffee.jpg"), "--model", str(folder), "--json"]
     ask += ["--output", str(tmp_path / "shown.png")]
