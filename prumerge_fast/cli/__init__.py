@@ -3,7 +3,8 @@
 Only what parses the arguments is imported here; PyTorch and transformers are imported by the
 command that needs them, so that `--help` is instant.
 
-Exit codes: 0 done, 2 bad input (one line on standard error says what is wrong), 130 interrupted.
+Exit codes: 0 done; 2 bad input, or some pictures of many could not be read (one line on standard
+error says what is wrong); 130 interrupted.
 """
 
 from __future__ import annotations
@@ -112,6 +113,14 @@ MergeOption = Annotated[
 BackendOption = Annotated[Backend, typer.Option(help="What runs the token reduction.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="auto: float32 on a CPU, float16 on a GPU.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")]
+StrictOption = Annotated[
+    bool,
+    typer.Option(
+        "--strict",
+        help="Stop at the first picture that cannot be read. Otherwise it is reported, its "
+        "questions are left out, and the exit code is 2 at the end.",
+    ),
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Write JSON, with provenance, to standard output.")
 ]
@@ -154,6 +163,15 @@ def _compare(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace answer files that hold something.")
     ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on from the answer files: ask only what they lack, pictures that could not be "
+            "read once more. Times are of what is asked now.",
+        ),
+    ] = False,
+    strict: StrictOption = False,
     html: Annotated[
         Path | None,
         typer.Option(
@@ -206,6 +224,8 @@ def _compare(
             image_aspect_ratio=_value(image_aspect_ratio),
             answers=answers,
             overwrite=overwrite,
+            resume=resume,
+            strict=strict,
             html=html,
             count=count,
             configs=[

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prumerge_fast.errors import InputError
+from prumerge_fast.harness.provenance import differences
 
 _FORMAT = {"format": "prumerge-fast evaluate, answers 2"}
 _START = json.dumps(_FORMAT)[:-1]  # of every file's first line
@@ -55,7 +56,10 @@ def resumed(
             f"--output: expected a writable file with answers of an earlier run or none beside it, "
             f"got {path} ({error})"
         ) from None
-    different = _differences(found, header)
+    is_header = isinstance(found, dict)
+    different = (
+        differences(found, header) if is_header else f"{type(found).__name__} for its header"
+    )
     if different:
         raise InputError(
             f"--output: expected answers of a run with these settings, got {path} with "
@@ -95,17 +99,6 @@ def append(path: Path, batch: dict[str, Any]) -> None:
             f"--output: expected a file that takes more answers, got {path} ({error}); those before"
             " stay in it, and the same command goes on from them"
         ) from None
-
-
-def _differences(found: Any, header: dict[str, Any]) -> str:
-    """Where a file's header is another, key by key; empty where it is the same."""
-    if not isinstance(found, dict):
-        return f"{type(found).__name__} for its header"
-    return ", ".join(
-        f"{key} {json.dumps(found.get(key))} instead of {json.dumps(header.get(key))}"
-        for key in {**header, **found}
-        if found.get(key) != header.get(key)
-    )
 
 
 def _checked(line: str, names: Sequence[str], sizes: Sequence[int]) -> dict[str, Any]:

@@ -40,6 +40,35 @@ def prepare(loaded: Loaded, items: Sequence[Item]) -> Any:
     return inputs
 
 
+def prepare_readable(
+    loaded: Loaded, items: Sequence[Item], *, strict: bool
+) -> tuple[Any, dict[int, str]]:
+    """`prepare` of the questions whose pictures can be used.
+
+    Returns:
+        The inputs, `None` where no picture can be used, and what is wrong with the pictures of the
+        others, by their place in `items`.
+
+    Raises:
+        PictureError: One cannot, and that is to end the run (`strict`).
+    """
+    try:
+        return prepare(loaded, items), {}
+    except PictureError as error:
+        if strict:
+            raise
+        if len(items) == 1:
+            return None, {0: error.says}
+    failed = {}
+    for place, item in enumerate(items):
+        try:
+            prepare(loaded, [item])
+        except PictureError as error:
+            failed[place] = error.says
+    good = [item for place, item in enumerate(items) if place not in failed]
+    return prepare(loaded, good) if good else None, failed
+
+
 def model_inputs(loaded: Loaded, prompts: list[str], images: Sequence[Image.Image]) -> Any:
     """What the processor makes of whole prompts and the images of all of them, in order."""
     # A chat template may have written the tokenizer's first token already.
