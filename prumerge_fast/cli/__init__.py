@@ -371,6 +371,7 @@ def _evaluate(
     device: DeviceOption = "auto",
     batch_size: Annotated[int, _count_option("Questions answered at once.")] = 25,
     max_new_tokens: Annotated[int, _count_option("Longest answer.")] = 16,
+    strict: StrictOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Accuracy with intervals: PruMerge beside random, evenly spaced and most attended tokens.
@@ -395,6 +396,7 @@ def _evaluate(
             device=device,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
+            strict=strict,
             as_json=as_json,
         )
     )

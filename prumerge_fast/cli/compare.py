@@ -110,9 +110,10 @@ def run(options: CompareOptions) -> None:
             report.messages().print(f"interrupted after {done} of {len(items)} questions")
             raise
         not_asked = failures(items, failed)
+        pictures = len({item.image for item in items})
         said = _answered(policies)
         if not said:
-            raise InputError(failures_line(items, not_asked))
+            raise InputError(failures_line(pictures, not_asked))
         answers = [[policy.answers[number] for number in said] for policy in policies]
         results = {
             policy.name: summarise(given, policy.times, answers[0])
@@ -123,14 +124,14 @@ def run(options: CompareOptions) -> None:
         _print(options, loaded, answers, results, result)
         if html is not None:
             images = {item.image: item.load for item in items}
-            pictures = page.panels(
+            panels = page.panels(
                 loaded, result, lambda name: images[name](), backend=options.backend
             )
-            page.write(html, page.render(result, pictures))
+            page.write(html, page.render(result, panels))
     if options.html is not None and not options.as_json:
         report.console().print(f"{options.html}: the same as a page, with pictures", soft_wrap=True)
     if not_asked:
-        raise InputError(failures_line(items, not_asked))
+        raise InputError(failures_line(pictures, not_asked))
 
 
 def _print(

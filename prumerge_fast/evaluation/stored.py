@@ -74,7 +74,8 @@ def resumed(
                 f"--output: expected whole answers of an earlier run, got {path}:{number} "
                 f"({error}); remove that line to have its questions asked again"
             ) from None
-        done.setdefault(batch["batch"], batch)  # two runs at once ask a batch twice
+        if not batch["failed"]:  # broken pictures are tried again, with their batch
+            done.setdefault(batch["batch"], batch)  # two runs at once ask a batch twice
     if whole != content:  # an interrupted last line is asked again
         try:
             os.truncate(path, len(whole))  # writes nothing, so a full disk loses nothing
@@ -110,11 +111,15 @@ def _checked(line: str, names: Sequence[str], sizes: Sequence[int]) -> dict[str,
     if type(number) is not int or not 0 <= number < len(sizes):
         raise ValueError(f"expected a batch from 0 to {len(sizes) - 1}, got {number!r}")
     datetime.datetime.fromisoformat(str(batch.get("date")))
+    failed = batch.setdefault("failed", [])
+    if not isinstance(failed, list) or len(failed) > sizes[number]:
+        raise ValueError(f"expected a list of failures, got {failed!r}")
+    size = sizes[number] - len(failed)
     for field, kind in (("texts", str), ("tokens", int)):
         entries = batch.get(field)
         if not isinstance(entries, dict) or entries.keys() != set(names):
             raise ValueError(f"expected {field} of each policy")
         for name, column in entries.items():
-            if not isinstance(column, list) or [type(e) for e in column] != [kind] * sizes[number]:
-                raise ValueError(f"expected {sizes[number]} {field} of {name}")
+            if not isinstance(column, list) or [type(e) for e in column] != [kind] * size:
+                raise ValueError(f"expected {size} {field} of {name}")
     return batch

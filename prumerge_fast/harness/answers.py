@@ -102,11 +102,10 @@ def failures(items: Sequence[Item], failed: Mapping[int, str]) -> list[dict[str,
     ]
 
 
-def failures_line(items: Sequence[Item], failed: Sequence[Mapping[str, Any]]) -> str:
-    """How many pictures could not be read, and what is wrong with the first."""
+def failures_line(pictures: int, failed: Sequence[Mapping[str, Any]]) -> str:
+    """How many of so many pictures could not be read, and what is wrong with the first."""
     broken = len({entry["image"] for entry in failed})
-    total = len({item.image for item in items})
-    count = f"{broken} of {total}" if broken < total else f"none of the {total}"
-    verb = "could be read" if broken == total else "could not be read"
+    count = f"{broken} of {pictures}" if broken < pictures else f"none of the {pictures}"
+    verb = "could not be read" if broken < pictures else "could be read"
     more = f"; and {broken - 1} more" if broken > 1 else ""
     return f"{count} pictures {verb}: {failed[0]['error']}{more}"

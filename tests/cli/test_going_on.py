@@ -107,12 +107,14 @@ def test_many_questions_about_one_broken_picture(command, capsys):
     assert [entry["question_id"] for entry in json.loads(out)["failed"]] == [2, 3]
 
 
-def test_all_pictures_broken(command, pictures, answers, capsys, tmp_path):
+@pytest.mark.parametrize("size", [1, 2])
+def test_all_pictures_broken(command, pictures, answers, capsys, tmp_path, size):
     assert ask(capsys, *command, "--answers", answers)[0] == 2
     before = ids(answers)
     for path in pictures.iterdir():
         path.write_text("no picture")
     page = tmp_path / "page.html"
+    command += ["--batch-size", str(size)]
     message = refusal(capsys, *command, "--answers", answers, "--overwrite", "--html", page)
     assert "none of the 5 pictures could be read: expected an image file" in message
     assert message.endswith("; and 4 more\n")
@@ -294,6 +296,15 @@ def test_resuming_another_run_is_refused(command, pictures, answers, capsys, opt
     assert says in message
     assert "--overwrite starts anew" in message
     assert [records(answers, slug) for slug in SLUGS] == before
+
+
+def test_resuming_with_another_prompt_is_refused(command, pictures, answers, capsys):
+    mend(pictures)
+    assert ask(capsys, *command, "--answers", answers)[0] == 0
+    command[command.index("what ?")] = "what is this ?"
+    message = refusal(capsys, *command, "--answers", answers, "--resume")
+    assert "a-llava.jsonl:1 to question 0 about " in message
+    assert "which is none of them" in message
 
 
 def test_resuming_with_another_model_is_refused(command, folder, pictures, answers, capsys):

@@ -603,6 +603,56 @@ def test_bad_options(command, capsys, extra, says):
     assert says in refusal(capsys, *command[0], *extra)
 
 
+@pytest.fixture
+def break_pictures(photos, tmp_path):
+    """Puts two questions about broken pictures between those of a file."""
+
+    def insert(questions):
+        content = (photos / "astronaut.png").read_bytes()
+        lines = questions.read_text().splitlines()
+        for place, (name, size) in enumerate({"cut.png": 5000, "empty.png": 0}.items(), start=1):
+            (tmp_path / name).write_bytes(content[:size])
+            record = {**json.loads(lines[0]), "question_id": name, "image": f"{tmp_path}/{name}"}
+            lines.insert(place, json.dumps(record))
+        questions.write_text("\n".join(lines))
+        return lines
+
+    return insert
+
+
+@pytest.mark.parametrize("size", ["1", "2", "25"])
+def test_broken_pictures_are_left_out_for_all_policies(
+    ask, question_file, break_pictures, capsys, tmp_path, size
+):
+    arguments = [*map(str, ask), "--json", "--batch-size", size, "--output"]
+    questions = question_file("what ?", "who ?", "where ?")
+    assert main([*arguments, str(tmp_path / "good.json")]) == 0
+    good = json.loads(capsys.readouterr().out)
+    assert (good["failed"], good["pictures"]) == ([], 1)
+    break_pictures(questions)
+    for _ in range(2):  # a broken picture is tried again, and is as broken
+        assert main([*arguments, str(tmp_path / "broken.json")]) == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith("prumerge-fast: 2 of 3 pictures could not be read: expected")
+        assert captured.err.endswith("cut.png (image file is truncated); and 1 more\n")
+        found = json.loads(captured.out)
+        assert [entry["question_id"] for entry in found["failed"]] == ["cut.png", "empty.png"]
+        for key in ("questions", "policies", "paired"):
+            assert found[key] == good[key]
+        assert json.loads((tmp_path / "broken.json").read_text())["failed"] == found["failed"]
+    arguments.remove("--json")
+    assert main([*arguments, str(tmp_path / "broken.json")]) == 2
+    assert "Questions left out: 2, whose pictures could not be read" in capsys.readouterr().out
+    assert "cut.png" in refusal(capsys, *arguments, tmp_path / "broken.json", "--strict")
+
+
+def test_only_broken_pictures(ask, question_file, break_pictures, capsys, tmp_path):
+    questions = question_file("what ?")
+    questions.write_text("\n".join(break_pictures(questions)[1:]))
+    assert "none of the 2 pictures could be read" in refusal(capsys, *ask)
+    assert not (tmp_path / "result.json").exists()
+
+
 def test_failure_to_write_leaves_answers_and_result(ask, question_file, capsys, monkeypatch):
     question_file("what ?")
     write_text = Path.write_text
