@@ -20,8 +20,9 @@ from prumerge_fast import PruMergeConfig, patched
 from prumerge_fast.cli import main
 from prumerge_fast.demo import MODEL_DIR
 from prumerge_fast.demo.items import items_from_demo
+from prumerge_fast.errors import PictureError
 from prumerge_fast.evaluation import fingerprint, metrics, policies, run, stored
-from prumerge_fast.harness import provenance
+from prumerge_fast.harness import inputs, provenance
 from prumerge_fast.harness.inputs import Item
 from prumerge_fast.harness.models import load
 from prumerge_fast.harness.prompts import prepare
@@ -644,6 +645,21 @@ def test_broken_pictures_are_left_out_for_all_policies(
     assert main([*arguments, str(tmp_path / "broken.json")]) == 2
     assert "Questions left out: 2, whose pictures could not be read" in capsys.readouterr().out
     assert "cut.png" in refusal(capsys, *arguments, tmp_path / "broken.json", "--strict")
+
+
+def test_broken_pictures_are_tried_again(ask, question_file, capsys, monkeypatch):
+    """The same file may be read later: by a newer Pillow, say, or with pillow-heif."""
+    question_file("what ?", "who ?")
+
+    def unreadable(path):
+        raise PictureError(f"expected a picture, got {path}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(inputs, "read_image", unreadable)
+        assert "none of the 1 pictures could be read" in refusal(capsys, *ask)
+    assert main([*map(str, ask), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["failed"], found["answered"]["by_earlier_runs"]) == ([], 0)
 
 
 def test_only_broken_pictures(ask, question_file, break_pictures, capsys, tmp_path):
