@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from prumerge_fast.errors import InputError
+from prumerge_fast.harness.pictures import read_image
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 IMAGE_TOKEN = "<image>"  # where the image goes in a prompt, as LLaVA writes it
 
 
@@ -24,7 +24,7 @@ class Item:
     Args:
         question_id: As in the question file; else the number of the question, from 0.
         image: The name of the image.
-        load: Reads the image, as RGB.
+        load: Reads the image, as RGB; raises PictureError.
         text: The question, or a whole prompt where `verbatim`.
         expected: The right answer, where it is known.
         category: The kind of question, where the question file has one.
@@ -40,59 +40,11 @@ class Item:
     verbatim: bool = False
 
 
-def read_image(path: Path) -> Image.Image:
-    """The image in a file, as RGB.
-
-    Raises:
-        InputError: There is no such file, or it is no image that can be decoded, or one of 16 or 32
-            bits a channel.
-    """
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):  # Pillow would cut values off, not scale them
-                raise InputError(
-                    f"image: expected 8 bits a channel, got {path} (Pillow's mode {image.mode})"
-                )
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise InputError(f"image: expected an existing file, got {path}") from None
-    except UnidentifiedImageError:
-        raise InputError(f"image: expected an image file, got {path} (unknown format)") from None
-    # Pillow's decoders raise the first two for data that ends early or is garbled.
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"image: expected a readable image, got {path} ({error})") from None
-
-
-def find_images(paths: Iterable[Path]) -> list[Path]:
-    """The files themselves and, for each folder, its image files by name.
-
-    Raises:
-        InputError: A path does not exist, or a folder holds no image.
-    """
-    found: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            inside = sorted(
-                p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()
-            )
-            if not inside:
-                raise InputError(
-                    f"--images: expected a folder with images ({', '.join(IMAGE_SUFFIXES)}), "
-                    f"got {path}, which holds none"
-                )
-            found += inside
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise InputError(f"--images: expected an existing file or folder, got {path}")
-    return found
-
-
 def items_from_images(paths: Iterable[Path], prompts: list[str]) -> list[Item]:
-    """Every prompt about every image.
+    """Every prompt about every image file.
 
     Raises:
-        InputError: A path or a prompt is unusable.
+        InputError: A prompt is unusable.
     """
     for prompt in prompts:
         _check_unicode(prompt, "--prompt")
@@ -101,7 +53,7 @@ def items_from_images(paths: Iterable[Path], prompts: list[str]) -> list[Item]:
                 f"--prompt: expected at most one {IMAGE_TOKEN}, got {prompt.count(IMAGE_TOKEN)} "
                 f"in {prompt!r}"
             )
-    pairs = [(path, prompt) for path in find_images(paths) for prompt in prompts]
+    pairs = [(path, prompt) for path in paths for prompt in prompts]
     return [
         Item(
             number,

@@ -21,6 +21,7 @@ from prumerge_fast.errors import InputError
 from prumerge_fast.harness.inputs import IMAGE_TOKEN
 from prumerge_fast.harness.models import check_keep, load
 from prumerge_fast.harness.options import AspectRatio, ConvTemplate, Dtype
+from prumerge_fast.harness.pictures import as_seen
 from prumerge_fast.harness.prompts import chat_prompt, model_inputs
 from prumerge_fast.patching.patch import patch
 from prumerge_fast.reduction.config import PruMergeConfig, Variant
@@ -172,7 +173,7 @@ class LlavaPruMerge(lmms):
                 raise TypeError(
                     f"{task}: expected images for llava_prumerge, got {type(one).__name__}"
                 )
-        return [image.convert("RGB") for image in found]
+        return [as_seen(image, f"that of {task} {number}") for image in found]
 
     def _prompt(self, context: str, images: Sequence[Image.Image]) -> str:
         # Contexts of some tasks say where their images are.
