@@ -54,6 +54,8 @@ class LlavaNextAdapter(LlavaAdapter):
         config: PruMergeConfig,
         backend: str,
     ) -> ImageTokens:
+        if modality != "image":
+            return super().encode_pixels(model, modality, images, config, backend)
         sizes = images.get("image_sizes")
         counts = _crop_counts(model, sizes)
         crops = _crops(images["pixel_values"], counts)  # [K, 3, H, W]
