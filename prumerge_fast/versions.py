@@ -21,7 +21,8 @@ def run_encoder_layer(layer: Any, hidden: Tensor) -> Tensor:
     4.x asks for a second mask and returns a tuple.
     """
     masks = {"attention_mask": None}
-    if "causal_attention_mask" in inspect.signature(layer.forward).parameters:
+    forward = getattr(layer, "_orig_mod", layer).forward  # in 4.x that of `torch.compile` hides it
+    if "causal_attention_mask" in inspect.signature(forward).parameters:
         masks["causal_attention_mask"] = None
     output = layer(hidden, **masks)
     return output[0] if isinstance(output, tuple) else output

@@ -32,6 +32,7 @@ class LlavaAdapter(Adapter):
         "vision_feature_layer",
         "vision_feature_select_strategy",
         "image_sizes",
+        "interpolate_pos_encoding",
         "mm_encoder_outputs",
     )
 
@@ -73,7 +74,12 @@ class LlavaAdapter(Adapter):
         layer = images.get("vision_feature_layer")
         if layer is None:
             layer = configured_feature_layer(model.config)
-        return query_keys_hidden(self.tower(model, modality), pixel_values, layer)
+        return query_keys_hidden(
+            self.tower(model, modality),
+            pixel_values,
+            layer,
+            interpolate_pos_encoding=bool(images.get("interpolate_pos_encoding")),
+        )
 
     def encode(
         self, model: Any, images: Mapping[str, Any], config: PruMergeConfig, backend: str

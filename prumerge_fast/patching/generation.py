@@ -27,8 +27,8 @@ from prumerge_fast.patching.forward import (
     shrink_per_token,
     take_images,
 )
-from prumerge_fast.patching.peft import check_adapters
 from prumerge_fast.patching.prompt import PromptLayout
+from prumerge_fast.towers.wrappers import check_adapters
 from prumerge_fast.versions import cache_argument, cache_of, is_default_length, set_length
 
 # Made by `generate` itself, these look at positions only, and count the shrunk prompt.
@@ -281,7 +281,8 @@ def _resolved_options(model: Any, original: Callable[..., Any], arguments: dict[
 
 
 def _check_options(model: Any, options: Any, arguments: dict[str, Any]) -> None:
-    check_adapters(getattr(model.prepare_inputs_for_generation, "__self__", model))  # PEFT's
+    wrapper = getattr(model.prepare_inputs_for_generation, "__self__", model)  # PEFT's
+    check_adapters(wrapper, "model")
     for name, title in _UNSUPPORTED.items():
         if arguments.get(name, getattr(options, name, None)):
             raise ValueError(
