@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import inspect
 from typing import Any
 
 from torch import Tensor
@@ -21,8 +20,7 @@ def run_encoder_layer(layer: Any, hidden: Tensor) -> Tensor:
     4.x asks for a second mask and returns a tuple.
     """
     masks = {"attention_mask": None}
-    forward = getattr(layer, "_orig_mod", layer).forward  # in 4.x that of `torch.compile` hides it
-    if "causal_attention_mask" in inspect.signature(forward).parameters:
+    if is_4():  # not asked of its signature, which wrappers hide
         masks["causal_attention_mask"] = None
     output = layer(hidden, **masks)
     return output[0] if isinstance(output, tuple) else output

@@ -44,8 +44,8 @@ class LlavaNextAdapter(LlavaAdapter):
         side = model.config.vision_config.image_size
         if images.get("interpolate_pos_encoding") and pixel_values.shape[-2:] != (side, side):
             raise ValueError(
-                f"interpolate_pos_encoding: expected crops and frames of {side} x {side} pixels "
-                "all the same, of which the model makes its grids, got "
+                f"interpolate_pos_encoding: expected crops and frames of {side} x {side} pixels, "
+                "whose patches the model lays out in grids of that size, got "
                 + " x ".join(map(str, pixel_values.shape[-2:]))
             )
         return super().read(model, modality, pixel_values, images)

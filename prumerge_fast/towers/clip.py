@@ -168,10 +168,7 @@ def _is_watched(tower: Any) -> bool:
     """Whether there are hooks on modules that only a tower run as a whole calls by themselves."""
     transformer = _transformer(tower)
     return any(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        module._forward_hooks or module._forward_pre_hooks
         for module in (*wrapping(tower), transformer, transformer.encoder)
     )
 
