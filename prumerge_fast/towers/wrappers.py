@@ -25,9 +25,9 @@ def unwrapped(module: Any) -> Any:
 
 def wrapping(module: Any) -> Iterator[Any]:
     """`module`, then what it wraps, from the outside in."""
-    while module is not None:
+    yield module
+    while (module := _inner(module)) is not None:
         yield module
-        module = _inner(module)
 
 
 def _inner(module: Any) -> Any | None:

@@ -435,7 +435,7 @@ def test_wrapped_towers(family: Family, model: Any, wrap: Any) -> None:
 def resized(
     family: Family, kind: str, height: int, width: int, ids: int = 0
 ) -> tuple[dict[str, Any], int]:
-    """A prompt with picture 0 in another size, with `ids` placeholders too many, and its patches."""
+    """A prompt with a picture of that size and `ids` placeholders too many; and its patches."""
     arguments = family.arguments(kind, [0])
     name = next(iter(arguments))
     generator = torch.Generator().manual_seed(0)

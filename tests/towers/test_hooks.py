@@ -75,6 +75,17 @@ def test_modules_of_the_tower() -> None:
     assert seen["projector"][0].shape[0] == sum(model.prumerge.last_lengths)
 
 
+@torch.no_grad()
+def test_modules_of_a_tower_that_runs_as_a_whole() -> None:
+    """All of them, and the three that patching asks for the scores once more."""
+    model = patch(tiny_llava(), keep=5)
+    seen = watch(modules_of(model))
+    model(**INPUTS)
+    reads = {f"reader.{path}" for path in READER}
+    assert {name for name, outputs in seen.items() if len(outputs) == 2} == reads
+    assert seen.keys() == modules_of(model).keys()
+
+
 @pytest.mark.parametrize("wrap", [None, wrapped])
 @pytest.mark.parametrize("place", ["tower", "transformer", "encoder"])
 @pytest.mark.parametrize("feature_layer", [-2, [-2, 1]])
