@@ -18,12 +18,11 @@ from prumerge_fast.reduction.dispatch import prune_merge
 from prumerge_fast.reduction.output import MergedTokens
 from prumerge_fast.reduction.padding import within_budget
 from prumerge_fast.towers.clip import check_tower, num_patches, query_keys_hidden, reading_layer
+from prumerge_fast.towers.wrappers import PARALLEL_WRAPPERS, class_names
 from prumerge_fast.versions import configured_feature_layer
 
 IMAGES_AND_VIDEOS = {"image": "pixel_values", "video": "pixel_values_videos"}
 """`Adapter.pixels` of the families that take videos."""
-
-from prumerge_fast.towers.wrappers import PARALLEL_WRAPPERS, class_names
 
 
 class LlavaAdapter(Adapter):
@@ -46,8 +45,8 @@ class LlavaAdapter(Adapter):
         parallel = PARALLEL_WRAPPERS & class_names(inner_model(model))
         if parallel:
             raise UnsupportedModelError(
-                f"model: expected its inner model by itself, got a {min(parallel)} around it; patch "
-                "before it is wrapped"
+                f"model: expected its inner model by itself, got a {min(parallel)} around it; "
+                "patch before it is wrapped"
             )
         for modality in self.pixels:
             tower = self.tower(model, modality)
