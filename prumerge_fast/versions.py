@@ -101,6 +101,12 @@ def set_length(arguments: dict[str, Any], name: str, limit: int) -> None:
         setattr(arguments["generation_config"], name, limit)
 
 
+def takes_special_tokens_option(processor: Any) -> bool:
+    """Whether a processor takes `add_special_tokens`: that of Video-LLaVA in 4.x does not."""
+    parameters = inspect.signature(type(processor).__call__).parameters.values()
+    return any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters)
+
+
 def is_4() -> bool:
     """Whether transformers is of version 4."""
     import transformers

@@ -19,7 +19,7 @@ import typer
 
 from prumerge_fast.errors import InputError, PruMergeError
 from prumerge_fast.harness.files import NO_ROOM
-from prumerge_fast.harness.options import AspectRatio, ConvTemplate, Dtype
+from prumerge_fast.harness.options import DEFAULT_FRAMES, AspectRatio, ConvTemplate, Dtype
 
 if TYPE_CHECKING:
     from prumerge_fast.reduction.config import PruMergeConfig
@@ -65,7 +65,8 @@ ModelOption = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="Folder or Hugging Face name of a LLaVA, such as llava-hf/llava-1.5-7b-hf.",
+        help="Folder or Hugging Face name of a LLaVA, such as llava-hf/llava-1.5-7b-hf, "
+        "llava-hf/llava-v1.6-vicuna-7b-hf or LanguageBind/Video-LLaVA-7B-hf.",
         show_default="the small demo model",
     ),
 ]
@@ -73,13 +74,15 @@ QuestionsOption = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE.jsonl",
-        help="Questions in LLaVA's format: question_id, image, text; optionally answer (or "
-        "label) and category.",
+        help="Questions in LLaVA's format: question_id, image (or video), text; optionally answer "
+        "(or label) and category.",
     ),
 ]
 ImageFolderOption = Annotated[
     Path | None,
-    typer.Option(help="Where the question file's images are.", show_default="beside the file"),
+    typer.Option(
+        help="Where the question file's images and videos are.", show_default="beside the file"
+    ),
 ]
 ConvTemplateOption = Annotated[
     ConvTemplate | None,
@@ -95,10 +98,14 @@ AspectRatioOption = Annotated[
         show_default="as the model's image processor, which may crop",
     ),
 ]
+FramesOption = Annotated[
+    int, _count_option("Frames of a video, from its first to its last, evenly.")
+]
 KeepOption = Annotated[
     str | None,
     typer.Option(
-        help="How many patch tokens to keep: a whole number, or a share such as 0.25.",
+        help="How many patch tokens to keep of an image, a crop (LLaVA-NeXT) or a frame: a whole "
+        "number, or a share such as 0.25.",
         show_default="each image decides",
     ),
 ]
@@ -119,20 +126,31 @@ JsonOption = Annotated[
 @app.command("compare")
 def _compare(
     context: typer.Context,
-    more_images: Annotated[
+    more_files: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[IMAGES]...", help="More images, as if after --images."),
+        typer.Argument(
+            metavar="[FILES]...", help="More after --images or --videos, as if after another one."
+        ),
     ] = None,
     model: ModelOption = None,
     images: Annotated[
         list[Path] | None,
         typer.Option(metavar="FILE|FOLDER ...", help="Images to ask about."),
     ] = None,
+    videos: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE|FOLDER ...",
+            help="Videos to ask about, of a Video-LLaVA or LLaVA-NeXT-Video (extra: video).",
+        ),
+    ] = None,
+    frames: FramesOption = DEFAULT_FRAMES,
     prompt: Annotated[
         list[str] | None,
         typer.Option(
-            help="A question about every image; may be repeated. One that contains `<image>` is "
-            "taken as the whole prompt, another gets the model's chat format."
+            help="A question about every image and video; may be repeated. One that contains "
+            "`<image>` or `<video>` is taken as the whole prompt, another gets the model's chat "
+            "format."
         ),
     ] = None,
     questions: QuestionsOption = None,
@@ -184,17 +202,21 @@ def _compare(
 ) -> None:
     """LLaVA beside PruMerge and PruMerge+: tokens, time, memory, answers.
 
-    Without --images and --questions, asks about demo scenes that no one was trained on. Accuracy
-    and agreement compare answers in lower case, without punctuation at the ends and without a
-    leading article.
+    Without --images, --videos and --questions, asks about demo scenes that no one was trained on.
+    Accuracy and agreement compare answers in lower case, without punctuation at the ends and
+    without a leading article.
     """
     from prumerge_fast.cli.compare import CompareOptions, run
 
+    more_videos = after_option("--videos", context.obj, more_files or [])
+    more_images = [path for path in more_files or [] if path not in more_videos]
     run(
         CompareOptions(
             command=context.obj,
             model=model,
-            images=[*(images or []), *(more_images or [])],
+            images=[*(images or []), *more_images],
+            videos=[*(videos or []), *more_videos],
+            frames=frames,
             prompts=prompt or [],
             questions=questions,
             image_folder=image_folder,
@@ -382,6 +404,18 @@ def _doctor(context: typer.Context, as_json: JsonOption = False) -> None:
     from prumerge_fast.cli.doctor import run
 
     run(context.obj, as_json=as_json)
+
+
+def after_option(option: str, arguments: Sequence[str], files: Sequence[Path]) -> list[Path]:
+    """Those of the files, which stand by themselves among the arguments, that follow an option."""
+    found: set[Path] = set()
+    last = ""
+    for argument in arguments:
+        if argument.startswith("-"):
+            last = argument.split("=")[0]
+        elif last == option:
+            found.add(Path(argument))
+    return [file for file in files if file in found]
 
 
 def _value(choice: Enum | None) -> str | None:

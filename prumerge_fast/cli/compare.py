@@ -1,4 +1,4 @@
-"""`compare`: the same images and prompts through LLaVA and LLaVA-PruMerge, side by side."""
+"""`compare`: the same images, videos and prompts through LLaVA and LLaVA-PruMerge, side by side."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prumerge_fast.errors import InputError
 from prumerge_fast.harness.answers import Answer, summarise
 from prumerge_fast.harness.inputs import Item, items_from_images, items_from_jsonl
 from prumerge_fast.harness.models import Loaded, check_keep, load
-from prumerge_fast.harness.prompts import prepare
+from prumerge_fast.harness.prompts import check_modalities, prepare
 from prumerge_fast.harness.provenance import provenance
 from prumerge_fast.harness.questions import batches, decoded
 from prumerge_fast.harness.stages import Measurement, StageTimes, measure
@@ -35,6 +35,8 @@ class CompareOptions:
     command: list[str]
     model: str | None
     images: list[Path]
+    videos: list[Path]
+    frames: int
     prompts: list[str]
     questions: Path | None
     image_folder: Path | None
@@ -90,6 +92,7 @@ def run(options: CompareOptions) -> None:
         )
         for config in options.configs:
             check_keep(config, loaded.patches)
+        check_modalities(loaded, items)
         backend = resolve_backend(options.backend, loaded.device).name
         try:
             _answer_all(options, loaded, policies, items)
@@ -104,9 +107,9 @@ def run(options: CompareOptions) -> None:
         result = _as_json(options, loaded, backend, policies, results)
         _print(options, loaded, policies, results, result)
         if html is not None:
-            images = {item.image: item.load for item in items}
+            images = {item.image: item for item in items}
             pictures = page.panels(
-                loaded, result, lambda name: images[name](), backend=options.backend
+                loaded, result, lambda name: images[name].load(), backend=options.backend
             )
             page.write(html, page.render(result, pictures))
     if options.html is not None and not options.as_json:
@@ -139,21 +142,22 @@ def _print(
 
 def _items(options: CompareOptions) -> list[Item]:
     if options.questions is not None:
-        if options.images or options.prompts:
+        if options.images or options.videos or options.prompts:
             raise InputError(
-                "--questions: expected no --images and no --prompt beside it, because the file "
-                "names images and questions"
+                "--questions: expected no --images, --videos or --prompt beside it, because the "
+                "file names images, videos and questions"
             )
         folder = options.image_folder or options.questions.parent
-        return items_from_jsonl(options.questions, folder)
+        return items_from_jsonl(options.questions, folder, options.frames)
     if options.image_folder is not None:
         raise InputError("--image-folder: expected --questions beside it, got none")
-    if options.images:
+    if options.images or options.videos:
         if not options.prompts:
-            raise InputError("--prompt: expected at least one with --images, got none")
-        return items_from_images(options.images, options.prompts)
+            given = "--images" if options.images else "--videos"
+            raise InputError(f"--prompt: expected at least one with {given}, got none")
+        return items_from_images(options.images, options.prompts, options.videos, options.frames)
     if options.prompts:
-        raise InputError("--images: expected at least one with --prompt, got none")
+        raise InputError("--images: expected at least one with --prompt, or --videos, got none")
     return items_from_demo(options.count)
 
 
@@ -228,6 +232,10 @@ def _record(loaded: Loaded, policy: _Policy, batch: list[Item], measured: Measur
             policy.file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
+def _is_video(answer: Answer) -> bool:
+    return answer.item.modality == "video"
+
+
 def _dtype_name(loaded: Loaded) -> str:
     return str(loaded.dtype).removeprefix("torch.")
 
@@ -247,6 +255,7 @@ def _as_json(
             "conv_template": options.conv_template,
             "image_aspect_ratio": options.image_aspect_ratio,
             "backend": backend,
+            "frames": options.frames if any(map(_is_video, policies[0].answers)) else None,
             "batch_size": options.batch_size,
             "max_new_tokens": options.max_new_tokens,
             "repeat": options.repeat,
@@ -265,6 +274,7 @@ def _as_json(
             {
                 "question_id": said[0].item.question_id,
                 "image": said[0].item.image,
+                "modality": said[0].item.modality,
                 "question": said[0].item.text,
                 "expected": said[0].item.expected,
                 "category": said[0].item.category,

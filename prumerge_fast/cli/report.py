@@ -71,7 +71,8 @@ def comparison_table(results: dict[str, dict[str, Any]]) -> Table:
 def answers_table(answers: dict[str, list[Answer]]) -> Table:
     """Every question with what each policy answered."""
     table = Table(title="Answers", title_justify="left", show_lines=True)
-    for heading in ("image", "question", *answers):
+    asked = {answer.item.modality for answer in next(iter(answers.values()))}
+    for heading in (" or ".join(sorted(asked)), "question", *answers):
         table.add_column(heading, overflow="fold")
     for said in zip(*answers.values(), strict=True):
         item = said[0].item

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from prumerge_fast.errors import UnsupportedModelError
-from prumerge_fast.families.base import Adapter, ImageTokens
+from prumerge_fast.families.base import Adapter, ImageTokens, Views
 from prumerge_fast.reduction.config import PruMergeConfig
-from prumerge_fast.reduction.dispatch import prune_merge
 from prumerge_fast.reduction.output import MergedTokens
 from prumerge_fast.towers.clip import check_tower, num_patches, query_keys_hidden, reading_layer
 from prumerge_fast.versions import configured_feature_layer
@@ -32,7 +31,6 @@ class LlavaAdapter(Adapter):
     )
 
     def tower(self, model: Any, modality: str) -> Any:
-        """The vision tower of a modality."""
         return model.model.vision_tower
 
     def check(self, model: Any) -> None:
@@ -62,7 +60,7 @@ class LlavaAdapter(Adapter):
     def read(
         self, model: Any, modality: str, pixel_values: Tensor, images: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`vision.query_keys_hidden` of pixels [B, 3, height, width], as the arguments ask for."""
+        """`towers.clip.query_keys_hidden` of pixels [B, 3, height, width], as the arguments ask."""
         strategy = images.get("vision_feature_select_strategy")
         if strategy is not None:
             _check_strategy(strategy)
@@ -101,11 +99,18 @@ class LlavaAdapter(Adapter):
         if images.get("image_sizes") is not None:
             raise ValueError("image_sizes: expected None, CLIP towers take images of one size")
         query, keys, hidden = self.query_keys_hidden(model, images)
-        merged = prune_merge(query, keys, hidden, config, backend=backend)
+        merged = self.reduce(query, keys, hidden, config, backend=backend)
         tokens, _ = merged.packed()  # [sum of lengths, C]
         features = model.model.multi_modal_projector(tokens)  # [sum of lengths, D]
         placeholders = [self.num_patches(model)] * len(merged)
         return ImageTokens(features, merged.lengths.tolist(), placeholders)
+
+    def views(self, model: Any, modality: str, images: Mapping[str, Any]) -> Views:
+        given = images[self.pixels[modality]]
+        pixels = stacked(given) if modality == "image" else video_frames(given)  # [K, 3, H, W]
+        query, keys, hidden = self.read(model, modality, pixels, images)
+        valid = torch.ones(hidden.shape[0], hidden.shape[1] - 1, dtype=torch.bool)  # [K, n]
+        return Views(query, keys, hidden, valid, pixels)
 
 
 def stacked(pixel_values: Any) -> Tensor:

@@ -17,7 +17,6 @@ from prumerge_fast.families.base import ImageTokens
 from prumerge_fast.families.llava import project_videos, video_frames
 from prumerge_fast.families.llava_next import LlavaNextAdapter
 from prumerge_fast.reduction.config import PruMergeConfig
-from prumerge_fast.reduction.dispatch import prune_merge
 from prumerge_fast.reduction.padding import within_budget
 
 
@@ -26,6 +25,9 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
 
     image_arguments = (*LlavaNextAdapter.image_arguments, "pixel_values_videos")
     pixels: ClassVar[dict[str, str]] = {"image": "pixel_values", "video": "pixel_values_videos"}
+
+    def pooling(self, model: Any) -> Any:
+        return model.model.vision_resampler
 
     def encode_pixels(
         self,
@@ -39,16 +41,20 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
             return super().encode_pixels(model, modality, images, config, backend)
         videos = images["pixel_values_videos"]
         query, keys, hidden = self.read(model, "video", video_frames(videos), images)
+        pooled = hidden.shape[1] - 1
+        merged = self.reduce(query, keys, hidden, within_budget(config, pooled), backend=backend)
+        return project_videos(model, merged, videos, pooled)
+
+    def read(
+        self, model: Any, modality: str, pixel_values: Tensor, images: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of frames after pooling: keys and hidden [V * F, 1+n, C]."""
+        query, keys, hidden = super().read(model, modality, pixel_values, images)
+        if modality == "image":
+            return query, keys, hidden
         pooled = model.model.vision_resampler(hidden[:, 1:]).to(hidden.dtype)  # [V * F, n, C]
         means = _means(keys[:, 1:], model.config.spatial_pool_stride)  # [V * F, n, C]
-        merged = prune_merge(
-            query,
-            torch.cat((keys[:, :1], means), 1),
-            torch.cat((hidden[:, :1], pooled), 1),
-            within_budget(config, pooled.shape[1]),
-            backend=backend,
-        )
-        return project_videos(model, merged, videos, pooled.shape[1])
+        return query, torch.cat((keys[:, :1], means), 1), torch.cat((hidden[:, :1], pooled), 1)
 
 
 def _means(tokens: Tensor, stride: int) -> Tensor:

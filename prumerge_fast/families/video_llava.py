@@ -14,7 +14,6 @@ import torch
 from prumerge_fast.families.base import ImageTokens
 from prumerge_fast.families.llava import LlavaAdapter, project_videos, video_frames
 from prumerge_fast.reduction.config import PruMergeConfig
-from prumerge_fast.reduction.dispatch import prune_merge
 
 
 class VideoLlavaAdapter(LlavaAdapter):
@@ -54,7 +53,7 @@ class VideoLlavaAdapter(LlavaAdapter):
             return super().encode_pixels(model, modality, images, config, backend)
         videos = images["pixel_values_videos"]
         query, keys, hidden = self.read(model, "video", video_frames(videos), images)
-        merged = prune_merge(query, keys, hidden, config, backend=backend)
+        merged = self.reduce(query, keys, hidden, config, backend=backend)
         with_class = dataclasses.replace(
             merged,
             tokens=torch.cat((hidden[:, :1], merged.tokens), 1),  # [V * F, 1 + capacity, C]

@@ -178,7 +178,7 @@ class LlavaPruMerge(lmms):
         # Contexts of some tasks say where their images are.
         missing = 0 if IMAGE_TOKEN in context else len(images)
         text = context.replace(IMAGE_TOKEN, self._loaded.processor.image_token)
-        return chat_prompt(self._loaded, text, missing)
+        return chat_prompt(self._loaded, text, ["image"] * missing)
 
     def _inputs(self, prompts: list[str], images: list[list[Image.Image]]) -> Any:
         return model_inputs(self._loaded, prompts, [image for some in images for image in some])
