@@ -244,7 +244,9 @@ def _compare(
 @app.command("show")
 def _show(
     context: typer.Context,
-    image: Annotated[str, typer.Argument(help="An image file, or demo:INDEX for a demo scene.")],
+    image: Annotated[
+        str, typer.Argument(help="An image or video file, or demo:INDEX for a demo scene.")
+    ],
     output: Annotated[
         Path | None,
         typer.Option(
@@ -255,6 +257,7 @@ def _show(
             show_default="IMAGE-VARIANT.png",
         ),
     ] = None,
+    frames: FramesOption = DEFAULT_FRAMES,
     model: ModelOption = None,
     image_aspect_ratio: AspectRatioOption = None,
     variant: Annotated[Variant, typer.Option()] = Variant.prumerge,
@@ -265,7 +268,10 @@ def _show(
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Class attention, kept tokens and merge neighbourhoods of one image, drawn over it."""
+    """Class attention, kept tokens and merge neighbourhoods of one image or video, drawn over it.
+
+    LLaVA-NeXT's crops are drawn in their places beside the overview, a video frame by frame.
+    """
     from prumerge_fast.cli.show import ShowOptions, run
 
     run(
@@ -273,6 +279,7 @@ def _show(
             command=context.obj,
             image=image,
             output=output,
+            frames=frames,
             model=model,
             image_aspect_ratio=_value(image_aspect_ratio),
             config=_config(variant, keep, neighbours, Merge.sum),

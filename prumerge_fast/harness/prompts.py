@@ -48,14 +48,18 @@ def prepare(loaded: Loaded, items: Sequence[Item]) -> Any:
 
 
 def check_modalities(loaded: Loaded, items: Sequence[Item]) -> None:
-    """Raises InputError where the model does not take what is asked about."""
+    """`check_modality` of everything that is asked about."""
     for item in items:
-        if item.modality not in loaded.adapter.pixels:
-            raise InputError(
-                f"--videos: expected a model that takes videos, got {loaded.name}, a "
-                f"{type(loaded.model).__name__}, which takes images only, and the video "
-                f"{item.image}"
-            )
+        check_modality(loaded, item.modality, item.image)
+
+
+def check_modality(loaded: Loaded, modality: str, name: str) -> None:
+    """Raises InputError where a model does not take what is called `name`: a video."""
+    if modality not in loaded.adapter.pixels:
+        raise InputError(
+            f"--videos: expected a model that takes videos, got {loaded.name}, a "
+            f"{type(loaded.model).__name__}, which takes images only, and the video {name}"
+        )
 
 
 def model_inputs(
@@ -85,6 +89,12 @@ def model_inputs(
         **given,
     )
     return inputs.to(loaded.device, loaded.dtype)
+
+
+def pictures_of(loaded: Loaded, inputs: Any) -> dict[str, Any]:
+    """What of model inputs describes images and videos, named as the family's adapter takes it."""
+    names = loaded.adapter.image_arguments
+    return loaded.adapter.renamed({name: inputs[name] for name in names if name in inputs})
 
 
 def _first_token_once(tokenizer: Any, prompts: list[str]) -> tuple[list[str], bool]:

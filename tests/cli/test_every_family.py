@@ -363,3 +363,74 @@ def test_moving_pictures(tmp_path):
     pages[0].save(tmp_path / "moving.gif", save_all=True, append_images=pages[1:], duration=100)
     frames = read_video(tmp_path / "moving.gif", 3)
     assert np.allclose(frames[:, 5, 5, 0], [0, 128, 255], atol=8)
+
+
+def shown(capsys, saved, picture, output, *options) -> dict[str, Any]:
+    given = ["show", picture, "--model", saved.folder, "-o", output, "--json", *options]
+    assert main([str(argument) for argument in given]) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
+
+
+def test_show_an_image(saved, pictures, tmp_path, capsys):
+    """What it says is kept are the most attended patches of each crop that are no padding."""
+    out = tmp_path / "shown.png"
+    result = shown(capsys, saved, pictures / "wide.png", out, "--keep", KEEP)
+    side = side_of(saved.name) // 6
+    crops = saved.name.startswith("LLaVA-NeXT")
+    views = result["views"] if crops else [result]
+    assert len(views) == (3 if crops else 1)
+    for number, view in enumerate(views):
+        attention = np.asarray(view["attention"])
+        assert 0 < attention.sum() < 1  # the class token has the rest
+        assert view["kept"] == sorted(range(side * side), key=lambda j: -attention[j])[:KEEP]
+        assert list(map(int, view["neighbours"])) == view["kept"]
+        padding = attention.reshape(side, side)[[0, -1]]
+        assert (padding == 0).all() == (number > 0)
+        assert view["patches"] == (attention > 0).sum()
+    assert result["visual_tokens"] == (3 * (KEEP + 1) + 2 if crops else KEEP + 1)
+    with Image.open(out) as sheet:
+        assert sheet.width > (3 * 240 if crops else 3 * 480)
+    if crops:
+        assert result["grid"] == [1, 2]
+        model, inputs = model_of(saved), by_hand(saved, pictures / "wide.png", "what ?")
+        assert result["all_tokens"] == (inputs["input_ids"] == 90).sum()
+        with patched(model, keep=KEEP), torch.no_grad():
+            model(**inputs)
+            assert model.prumerge.last_lengths == (result["visual_tokens"],)
+
+
+def test_show_a_video(of_videos, films, tmp_path, capsys):
+    """Frames side by side; of more than eight, eight of them."""
+    sizes = []
+    for frames in (2, 11):
+        out = tmp_path / f"{frames}.png"
+        options = ("--keep", 2, "--frames", frames)
+        result = shown(capsys, of_videos, films / "long.mp4", out, *options)
+        assert result["modality"] == "video"
+        assert len(result["views"]) == frames
+        assert all(len(view["kept"]) == 2 for view in result["views"])
+        each = 3 if of_videos.name == "LLaVA-NeXT-Video" else 4
+        assert result["visual_tokens"] == frames * each
+        with Image.open(out) as sheet:
+            sizes.append(sheet.width)
+    assert 2 * 240 < sizes[0] < 3 * 240
+    assert 8 * 240 < sizes[1] < 9 * 260
+
+
+def test_show_refuses_a_video_of_a_model_without_videos(films, tmp_path, tmp_path_factory, capsys):
+    saved = saved_once("ViP-LLaVA", tmp_path_factory)
+    asked = (films / "long.mp4", "--model", saved.folder, "-o", tmp_path / "x.png")
+    assert "expected a model that takes videos" in refusal(capsys, "show", *asked)
+
+
+def test_page(of_videos, pictures, films, tmp_path, capsys):
+    """Each policy's picture of an image, of crops and of a video, and how many tokens it keeps."""
+    page = tmp_path / "page.html"
+    options = ("--frames", 2, "--keep", KEEP, "--html", page)
+    asked = ("--images", pictures, "--videos", films / "long.mp4", "--prompt", "what ?")
+    result = compared(capsys, of_videos, *asked, *options)
+    content = page.read_text()
+    assert content.count('src="data:image/webp') == 3 * 3
+    for row in result["results"].values():
+        for end in ("min", "max"):
+            assert f"<b>{row['visual_tokens'][end]}</b> tokens" in content
