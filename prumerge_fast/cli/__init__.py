@@ -350,6 +350,7 @@ def _evaluate(
     image_folder: ImageFolderOption = None,
     conv_template: ConvTemplateOption = None,
     image_aspect_ratio: AspectRatioOption = None,
+    frames: FramesOption = DEFAULT_FRAMES,
     count: Annotated[
         int, _count_option("How many questions about demo scenes, without --questions.")
     ] = 2000,
@@ -358,7 +359,8 @@ def _evaluate(
         typer.Option(
             parser=_whole_number,
             metavar="N",
-            help="Visual tokens at which methods are compared; may be repeated.",
+            help="Visual tokens of an image, a crop or a frame at which methods are compared; may "
+            "be repeated.",
             show_default="8 16 32 64 128",
         ),
     ] = None,
@@ -393,6 +395,7 @@ def _evaluate(
             image_folder=image_folder,
             conv_template=_value(conv_template),
             image_aspect_ratio=_value(image_aspect_ratio),
+            frames=frames,
             count=count,
             budgets=list(dict.fromkeys(tokens or (8, 16, 32, 64, 128))),
             output=output,

@@ -238,9 +238,7 @@ class LlavaPruMerge(lmms):
         return [_before(text, ends).strip() for text in texts]
 
     @torch.inference_mode()
-    def _loss(
-        self, context: str, continuation: str, pictures: list[Picture]
-    ) -> tuple[float, bool]:
+    def _loss(self, context: str, continuation: str, pictures: list[Picture]) -> tuple[float, bool]:
         prompt = self._prompt(context, pictures)
         # As LLaVA was trained: "ASSISTANT: answer".
         space = "" if prompt[-1:].isspace() or continuation[:1].isspace() else " "

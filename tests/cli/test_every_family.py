@@ -17,6 +17,7 @@ from saved_families import save, side_of, write_video
 from tiny_families import FAMILIES
 
 from prumerge_fast.cli import main
+from prumerge_fast.families import llava
 from prumerge_fast.harness.models import load
 from prumerge_fast.harness.prompts import prepare
 from prumerge_fast.harness.videos import read_video, sampled
@@ -434,3 +435,78 @@ def test_page(of_videos, pictures, films, tmp_path, capsys):
     for row in result["results"].values():
         for end in ("min", "max"):
             assert f"<b>{row['visual_tokens'][end]}</b> tokens" in content
+
+
+BUDGET = 4
+EVALUATED = {
+    "all tokens": {"keep": 1.0, "merge": "none", "supplement": False, "order": "raster"},
+    "PruMerge, adaptive": {},
+    "PruMerge+, adaptive": {"variant": "prumerge+"},
+    "PruMerge (4)": {"keep": BUDGET - 1},
+    "PruMerge, raster order (4)": {"keep": BUDGET - 1, "order": "raster"},
+    "attention top-k (4)": {"keep": BUDGET, "merge": "none", "supplement": False},
+}
+
+
+@torch.no_grad()
+def test_evaluate(saved, pictures, films, tmp_path, capsys, monkeypatch):
+    """Each policy's answers and tokens are those of the model patched so, or not at all.
+
+    Answers are read from the file that they are taken up from.
+    """
+    asked = [pictures / "square.png", pictures / "wide.png"]
+    if "video" in FAMILIES[saved.name].kinds:
+        asked += [films / "short.avi", films / "long.mp4"]
+    questions = tmp_path / "questions.jsonl"
+    with questions.open("w") as file:
+        for number, path in enumerate(asked):
+            kind = "image" if path.suffix == ".png" else "video"
+            record = {"question_id": number, kind: path.name, "text": "what ?", "answer": "w1"}
+            file.write(json.dumps(record) + "\n")
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    given = ("--model", saved.folder, "--questions", questions, "--frames", FRAMES)
+    options = ("--tokens", BUDGET, "--batch-size", len(asked), "--max-new-tokens", ANSWER)
+    command = ("evaluate", *given, *options, "-o", tmp_path / "out.json", "--json")
+    towers = []
+    read = llava.query_keys_hidden
+    monkeypatch.setattr(
+        llava, "query_keys_hidden", lambda tower, *a: towers.append(tower) or read(tower, *a)
+    )
+    assert main([str(argument) for argument in command]) == 0, capsys.readouterr().err
+    assert len(towers) == len(FAMILIES[saved.name].kinds)  # once, for all policies
+    result = json.loads(capsys.readouterr().out)
+    (found,) = tmp_path.glob("out*answers*")
+    batch = json.loads(found.read_text().splitlines()[1])
+
+    model = model_of(saved)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(saved.folder)
+    for number, path in enumerate(asked):
+        inputs = by_hand(saved, path, "what ?")
+        for policy, config in EVALUATED.items():
+            with patched(model, **config):
+                ids = model.generate(**inputs, max_new_tokens=ANSWER, do_sample=False)
+                (length,) = model.prumerge.last_lengths
+            new = ids[0, inputs["input_ids"].shape[1] :]
+            text = tokenizer.decode(new, skip_special_tokens=True).strip()
+            assert batch["texts"][policy][number] == text, policy
+            assert batch["tokens"][policy][number] == length, policy
+        placeholders = (inputs["input_ids"] == 90).sum() + (inputs["input_ids"] == 88).sum()
+        assert batch["tokens"]["all tokens"][number] == placeholders
+        for policy in ("random (4)", "evenly spaced (4)"):
+            length = batch["tokens"][policy][number]
+            if saved.name.startswith("LLaVA-NeXT") and path.suffix == ".png":
+                crops = (5, 3)[number]  # and at most a newline a token
+                assert BUDGET * crops < length < 2 * BUDGET * crops, policy
+            else:  # the same of each frame, with its class token where there is one
+                assert length == batch["tokens"]["PruMerge (4)"][number], policy
+    assert batch["tokens"].keys() == result["policies"].keys()
+    assert result["settings"]["frames"] == FRAMES
+
+
+def test_evaluate_refuses_videos_of_a_model_without(films, tmp_path, tmp_path_factory, capsys):
+    saved = saved_once("LLaVA-NeXT", tmp_path_factory)
+    questions = tmp_path / "questions.jsonl"
+    record = {"question_id": 0, "video": "long.mp4", "text": "what ?", "answer": "w1"}
+    questions.write_text(json.dumps(record))
+    given = ("--model", saved.folder, "--questions", questions, "--image-folder", films)
+    assert "expected a model that takes videos" in refusal(capsys, "evaluate", *given)
