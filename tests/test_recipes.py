@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from recipes import BLOCKS, DOCS, run
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
@@ -18,24 +18,6 @@ from prumerge_fast.families.encode import encode
 from prumerge_fast.harness.models import load
 from prumerge_fast.harness.prompts import prepare
 from prumerge_fast.patching.patch import is_patched, unpatch
-
-DOCS = Path(__file__).parents[1] / "docs"
-BLOCKS = {
-    name: code
-    for document in ("recipes.md", "finetuning.md")
-    for name, code in re.findall(
-        r"<!-- recipe:([\w-]+) -->\n```python\n(.*?)```\n<!-- /recipe:\1 -->",
-        (DOCS / document).read_text(),
-        re.DOTALL,
-    )
-}
-REPLACED = {
-    "llava-hf/llava-1.5-7b-hf": MODEL_DIR.as_posix(),
-    'max_memory={0: "6GiB", "cpu": "16GiB"}': 'max_memory={"cpu": "7MiB"}',
-    "@torch.compile(": '@torch.compile(backend="eager", ',
-    ".compile()": '.compile(backend="eager")',
-    "torch.float16": "torch.float32",
-}
 
 
 @pytest.fixture
@@ -54,15 +36,6 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     }
 
 
-def run(names: dict[str, Any], *recipes: str, **changed: str) -> dict[str, Any]:
-    for recipe in recipes:
-        code = BLOCKS[recipe]
-        for old, new in {**REPLACED, **changed}.items():
-            code = code.replace(old, new)
-        exec(code, names)
-    return names
-
-
 def answer(names: dict[str, Any], model: Any) -> torch.Tensor:
     output = model.generate(**names["inputs"], max_new_tokens=8, do_sample=False)
     return output[:, names["inputs"]["input_ids"].shape[1] :]
@@ -72,7 +45,7 @@ def test_no_block_is_left_out() -> None:
     blocks = sum(
         (DOCS / name).read_text().count("```python") for name in ("recipes.md", "finetuning.md")
     )
-    assert blocks == len(BLOCKS) == 7
+    assert blocks == len(BLOCKS) == 8
 
 
 @pytest.mark.parametrize("bits", [4, 8])

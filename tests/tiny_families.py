@@ -11,7 +11,17 @@ from typing import Any, ClassVar
 import torch
 import transformers
 from PIL import Image
-from tiny_models import BOS, IMAGE, PATCHES, VIDEO, Oracle, batch, tiny_model, tower_outputs
+from tiny_models import (
+    BOS,
+    IMAGE,
+    PATCHES,
+    VIDEO,
+    Oracle,
+    batch,
+    rows_of,
+    tiny_model,
+    tower_outputs,
+)
 from torch import Tensor
 from transformers import CLIPImageProcessor, LlavaNextImageProcessor
 
@@ -157,6 +167,15 @@ class FamilyOracle(Oracle):
             for part in parts
         ]
         return torch.cat(pieces)[None]
+
+    def rows(self, parts: list[Part], _pixels: None = None) -> list[int]:
+        """Which row of `logits` each of the caller's columns shows, by hand."""
+        pictures = [part for part in parts if not isinstance(part, list)]
+        return rows_of(
+            [token not in (IMAGE, VIDEO) for token in self.family.ids(parts)],
+            [self.family.placeholders(*part) for part in pictures],
+            [len(self.tokens(part)) for part in pictures],
+        )
 
     def labels(self, parts: list[Part]) -> list[int]:
         """Of the text but the first token."""

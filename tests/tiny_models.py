@@ -15,6 +15,7 @@ from transformers import (
 
 from prumerge_fast.reduction.config import PruMergeConfig
 from prumerge_fast.reduction.dispatch import prune_merge
+from prumerge_fast.towers.wrappers import without_peft
 from prumerge_fast.versions import cache_argument
 
 IMAGE, VIDEO, PAD, BOS, EOS, VOCAB = 90, 88, 89, 1, 2, 91
@@ -143,6 +144,41 @@ def same(before: dict[str, Any], after: dict[str, Any]) -> bool:
     )
 
 
+def lengths_seen(model: Any) -> list[int]:
+    """A list that gets the length of everything that the language model is given from now on."""
+    lengths: list[int] = []
+    language_model = without_peft(model).model.language_model
+    language_model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]),
+        with_kwargs=True,
+    )
+    return lengths
+
+
+def rows_of(is_text: list[bool], placeholders: list[int], lengths: list[int]) -> list[int]:
+    """The position in the shrunk prompt that each of the caller's columns shows.
+
+    Args:
+        is_text: Of each column; the others are placeholders.
+        placeholders: How many each image has.
+        lengths: How many tokens.
+    """
+    rows: list[int] = []
+    position, column, images = -1, 0, zip(placeholders, lengths, strict=True)
+    while column < len(is_text):
+        if is_text[column]:
+            position += 1
+            rows.append(position)
+            column += 1
+        else:
+            count, length = next(images)
+            shown = [min(place, length) for place in range(1, count)]
+            rows += [position + place for place in (*shown, length)]
+            position += length
+            column += count
+    return rows
+
+
 class Oracle:
     """Runs a model that is not patched on prompts pruned by hand, one prompt at a time."""
 
@@ -171,6 +207,12 @@ class Oracle:
                 column += 1
         assert not features
         return torch.cat(pieces)[None]
+
+    @torch.no_grad()
+    def rows(self, ids: list[int], pixel_values: Tensor | None) -> list[int]:
+        """Which row of `logits` each of the caller's columns shows, by hand."""
+        lengths = [] if pixel_values is None else list(map(len, self.features(pixel_values)))
+        return rows_of([token != IMAGE for token in ids], [PATCHES] * len(lengths), lengths)
 
     @torch.no_grad()
     def logits(self, ids: list[int], pixel_values: Tensor | None) -> Tensor:

@@ -56,8 +56,16 @@ Override = Callable[[Any, Any, Callable[..., Any], tuple[Any, ...], dict[str, An
 """`(model, adapter, original, args, kwargs)`: a call of a method that a patched model overrides."""
 
 
+def inner_model(model: Any) -> Any:
+    """The part of a model of transformers that ends in hidden states; of that part, itself."""
+    return getattr(model, "model", model)
+
+
 class BaseAdapter(ABC):
     """What `patch` needs of a model family. Stateless: every method is given the model."""
+
+    outputs: ClassVar[tuple[str, ...]] = ("shrunk",)
+    """Whose length outputs can have, the default first."""
 
     @abstractmethod
     def check(self, model: Any) -> None:
@@ -89,9 +97,11 @@ class BaseAdapter(ABC):
 class Adapter(BaseAdapter):
     """A family in transformers, whose prompts hold as many placeholders as there are features.
 
-    Methods take the arguments of the model's `forward` that describe images and videos, by name
-    (`images`). A modality is `"image"` or `"video"`.
+    Methods take the whole model or the inner one, and the arguments of its `forward` that describe
+    images and videos, by name (`images`). A modality is `"image"` or `"video"`.
     """
+
+    outputs: ClassVar[tuple[str, ...]] = ("caller", "shrunk")
 
     image_arguments: ClassVar[tuple[str, ...]]
     """Names of those arguments."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prumerge_fast.errors import UnsupportedModelError
-from prumerge_fast.families.base import Adapter, ImageTokens, Views
+from prumerge_fast.families.base import Adapter, ImageTokens, Views, inner_model
 from prumerge_fast.reduction.config import PruMergeConfig
 from prumerge_fast.reduction.output import MergedTokens
 from prumerge_fast.towers.clip import check_tower, num_patches, query_keys_hidden, reading_layer
@@ -31,7 +31,7 @@ class LlavaAdapter(Adapter):
     )
 
     def tower(self, model: Any, modality: str) -> Any:
-        return model.model.vision_tower
+        return inner_model(model).vision_tower
 
     def check(self, model: Any) -> None:
         for modality in self.pixels:
@@ -101,7 +101,7 @@ class LlavaAdapter(Adapter):
         query, keys, hidden = self.query_keys_hidden(model, images)
         merged = self.reduce(query, keys, hidden, config, backend=backend)
         tokens, _ = merged.packed()  # [sum of lengths, C]
-        features = model.model.multi_modal_projector(tokens)  # [sum of lengths, D]
+        features = inner_model(model).multi_modal_projector(tokens)  # [sum of lengths, D]
         placeholders = [self.num_patches(model)] * len(merged)
         return ImageTokens(features, merged.lengths.tolist(), placeholders)
 
@@ -141,7 +141,7 @@ def project_videos(
 ) -> ImageTokens:
     """Tokens of videos [V, F, 3, H, W] from those of their frames, `placeholders` a frame."""
     tokens, _ = merged.packed()  # [sum of lengths, C]
-    features = model.model.multi_modal_projector(tokens)  # [sum of lengths, D]
+    features = inner_model(model).multi_modal_projector(tokens)  # [sum of lengths, D]
     count, frames = videos.shape[:2]
     lengths = merged.lengths.view(count, frames).sum(1).tolist()
     return ImageTokens(features, lengths, [frames * placeholders] * count)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prumerge_fast.families.base import ImageTokens, Views
+from prumerge_fast.families.base import ImageTokens, Views, inner_model
 from prumerge_fast.families.llava import LlavaAdapter
 from prumerge_fast.reduction.config import PruMergeConfig
 from prumerge_fast.reduction.output import MergedTokens
@@ -62,7 +62,7 @@ class LlavaNextAdapter(LlavaAdapter):
         layout = _layout(model, counts, sizes, self.num_patches(model))
         rows = _prune_crops(query, keys, hidden, layout, config, backend, self.reduce)
 
-        features = model.model.multi_modal_projector(rows.tokens)  # [R, D]
+        features = inner_model(model).multi_modal_projector(rows.tokens)  # [R, D]
         newline = _newline(model).to(features)[None]  # [1, D]
         index, lengths = _arrange(rows.crop, rows.patch, layout, config.order)
         features = torch.cat((features, newline))[index.to(features.device)]
@@ -141,7 +141,7 @@ def _crops(pixel_values: Any, counts: list[int]) -> Tensor:
 def _layout(model: Any, counts: list[int], image_sizes: Any, patches: int) -> _Layout:
     """Found by letting the model pack the numbers of patches in place of their features."""
     numbers = torch.arange(sum(counts) * patches).view(-1, patches, 1)  # [K, N, 1]
-    packed, _ = model.model.pack_image_features(
+    packed, _ = inner_model(model).pack_image_features(
         numbers.split(counts), image_sizes, "default", torch.tensor([-1])
     )
     images = [places[:, 0] for places in packed]
@@ -175,7 +175,7 @@ def _prune_crops(
 
 def _newline(model: Any) -> Tensor:
     """The newline [D], which accelerate brings only to the model's own `forward`."""
-    owner = model.model
+    owner = inner_model(model)
     if not owner.image_newline.is_meta:
         return owner.image_newline
     from accelerate.utils import align_module_device

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from prumerge_fast.families.base import ImageTokens
+from prumerge_fast.families.base import ImageTokens, inner_model
 from prumerge_fast.families.llava import project_videos, video_frames
 from prumerge_fast.families.llava_next import LlavaNextAdapter
 from prumerge_fast.reduction.config import PruMergeConfig
@@ -27,7 +27,7 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
     pixels: ClassVar[dict[str, str]] = {"image": "pixel_values", "video": "pixel_values_videos"}
 
     def pooling(self, model: Any) -> Any:
-        return model.model.vision_resampler
+        return inner_model(model).vision_resampler
 
     def encode_pixels(
         self,
@@ -52,7 +52,7 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
         query, keys, hidden = super().read(model, modality, pixel_values, images)
         if modality == "image":
             return query, keys, hidden
-        pooled = model.model.vision_resampler(hidden[:, 1:]).to(hidden.dtype)  # [V * F, n, C]
+        pooled = self.pooling(model)(hidden[:, 1:]).to(hidden.dtype)  # [V * F, n, C]
         means = _means(keys[:, 1:], model.config.spatial_pool_stride)  # [V * F, n, C]
         return query, torch.cat((keys[:, :1], means), 1), torch.cat((hidden[:, :1], pooled), 1)
 

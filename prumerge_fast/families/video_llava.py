@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from prumerge_fast.families.base import ImageTokens
+from prumerge_fast.families.base import ImageTokens, inner_model
 from prumerge_fast.families.llava import LlavaAdapter, project_videos, video_frames
 from prumerge_fast.reduction.config import PruMergeConfig
 
@@ -30,7 +30,7 @@ class VideoLlavaAdapter(LlavaAdapter):
     pixels: ClassVar[dict[str, str]] = {"image": "pixel_values", "video": "pixel_values_videos"}
 
     def tower(self, model: Any, modality: str) -> Any:
-        return model.model.image_tower if modality == "image" else model.model.video_tower
+        return getattr(inner_model(model), f"{modality}_tower")
 
     def renamed(self, images: dict[str, Any]) -> dict[str, Any]:
         """Transformers 4 calls the images `pixel_values_images`, as 5 still does in places."""

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from prumerge_fast.families.base import inner_model
 from prumerge_fast.harness.models import family_of
 from prumerge_fast.patching.patch import patched
 from prumerge_fast.reduction.config import PruMergeConfig
@@ -175,8 +176,8 @@ class _Clock:
         if pooling is not None and self._pruned:  # unpatched, the stage goes on to the projector
             self._before(pooling, "vision")
             self._after(pooling, "prune_merge")
-        self._before(llava.model.multi_modal_projector, "projector")
-        self._after(llava.model.multi_modal_projector, "prefill")
+        self._before(inner_model(llava).multi_modal_projector, "projector")
+        self._after(inner_model(llava).multi_modal_projector, "prefill")
         self._after(self._model.get_output_embeddings(), "decode", only_first=True)
         self._mark("before")
         return self

@@ -1,14 +1,22 @@
-"""`forward` of a patched model: the prompt shrinks with its images before the model sees it."""
+"""`forward` of a patched model: the prompt shrinks with its images before the model sees it.
+
+Both the whole model (ids to logits) and the inner one (ids to hidden states) are overridden, so
+that it prunes whoever calls either: trainers that compute losses through the inner model, or a
+`forward` that something else put on the instance. Outputs have the caller's length, unless they are
+asked for as the language model gave them (`outputs="shrunk"`).
+"""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from prumerge_fast.errors import UnsupportedModelError
 from prumerge_fast.families.arguments import named_arguments
 from prumerge_fast.families.base import Adapter, ImageTokens
 from prumerge_fast.patching.cache_layout import remember_layout, remembered_layout
@@ -46,25 +54,89 @@ def forward(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """Run `original`, the model's own `forward`, on the shrunk form of what the caller passed."""
-    if (
-        len(args) <= 1  # nothing but input_ids
-        and not any(name in kwargs for name in adapter.image_arguments)
-        and remembered_layout(cache_of(kwargs)) is None
-    ):
+    """Run `original`, the whole model's own `forward`, on the shrunk form of what was passed.
+
+    Behind a prompt there is nothing to do that the inner model does not do.
+    """
+    if not _may_have_images(adapter, args, kwargs):
         return original(*args, **kwargs)
     arguments = named_arguments(original, *args, **kwargs)
+    return _forward(model, adapter, original, arguments, _rows_of_logits)
+
+
+def inner_forward(
+    model: Any,
+    adapter: Adapter,
+    original: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Run `original`, the inner model's own `forward`, on the shrunk form of what was passed."""
+    layout = remembered_layout(cache_of(kwargs))
+    if not _may_have_images(adapter, args, kwargs) and layout is None:
+        return original(*args, **kwargs)
+    arguments = named_arguments(original, *args, **kwargs)
+    return _forward(model, adapter, original, arguments, _rows_of_hidden_states, continues=True)
+
+
+def _forward(
+    model: Any,
+    adapter: Adapter,
+    original: Callable[..., Any],
+    arguments: dict[str, Any],
+    rows_of_outputs: Callable[[PromptLayout, dict[str, Any]], dict[str, Tensor]],
+    *,
+    continues: bool = False,
+) -> Any:
+    """Run `original` on the shrunk form of `arguments`, and give its outputs the caller's length.
+
+    Args:
+        rows_of_outputs: `(layout, arguments)` to the rows [B, k] of each output by name; it may
+            change the arguments.
+        continues: Whether a step behind a shrunk prompt is still in the caller's terms.
+    """
     images = take_images(adapter, arguments)
     cache = cache_of(arguments)
     layout = remembered_layout(cache)
     if layout is None:
         check_no_placeholders(model, adapter, arguments.get("input_ids"), images)
-    if adapter.has_images(images):
-        check_cache_is_empty(cache)
-        return _forward_with_images(model, adapter, original, arguments, images)
-    if layout is not None:
-        _continue_prompt(arguments, layout)
-    return original(**arguments)
+    if not adapter.has_images(images):
+        if layout is not None and continues:
+            _continue_prompt(arguments, layout)
+        return original(**arguments)
+    check_cache_is_empty(cache)
+    return_dict = _returns_dict(model, arguments)
+    prompt = _shrink(model, adapter, arguments, images)
+    as_caller = model.prumerge.outputs == "caller"
+    rows = rows_of_outputs(prompt.layout, arguments) if as_caller else {}
+    outputs = original(**arguments, return_dict=True)
+    for name, index in rows.items():
+        if isinstance(outputs.get(name), tuple):  # of every layer
+            outputs[name] = tuple(_rows(states, index) for states in outputs[name])
+        elif outputs.get(name) is not None:
+            outputs[name] = _rows(outputs[name], index)
+    prompt.note_on(outputs)
+    return outputs if return_dict else outputs.to_tuple()
+
+
+def _may_have_images(adapter: Adapter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    # The first argument is input_ids. The whole model passes on what it was not given, as `None`.
+    return len(args) > 1 or any(kwargs.get(name) is not None for name in adapter.image_arguments)
+
+
+def refuse_placeholder_mask(
+    model: Any,
+    adapter: Adapter,
+    original: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """`get_placeholder_mask`, which only the inner model's plain `forward` asks for."""
+    raise UnsupportedModelError(
+        f"model: the `forward` of {type(model).__name__} was called around the patch, by its class "
+        "or by a replacement on the instance, and would have run unpruned; call the model itself, "
+        "model(...) or model.model(...), or unpatch it"
+    )
 
 
 def get_features(
@@ -279,31 +351,38 @@ def _check_packing(arguments: dict[str, Any], layout: PromptLayout) -> None:
         )
 
 
-def _forward_with_images(
-    model: Any,
-    adapter: Adapter,
-    original: Callable[..., Any],
-    arguments: dict[str, Any],
-    images: Mapping[str, Any],
-) -> Any:
+@dataclass(frozen=True, eq=False)
+class _Shrunk:
+    """A prompt whose shrunk form the model is about to see, and what its outputs say of it."""
+
+    layout: PromptLayout
+    encoded: dict[str, ImageTokens]
+
+    def note_on(self, outputs: Any) -> None:
+        """Put the visual tokens on the outputs, and the layout on their KV cache."""
+        for modality, tokens in self.encoded.items():
+            set_visual_outputs(outputs, modality, tokens.features, _output_of(tokens, True))
+        cache = cache_of(outputs)
+        if cache is not None:
+            remember_layout(cache, self.layout)
+
+
+def _shrink(
+    model: Any, adapter: Adapter, arguments: dict[str, Any], images: Mapping[str, Any]
+) -> _Shrunk:
+    """Encode the images, and put the shrunk prompt's embeddings in place of ids, in `arguments`."""
     input_ids = arguments.pop("input_ids", None)
     attention_mask = arguments.pop("attention_mask", None)
     check_prompt(input_ids, attention_mask, arguments.pop("inputs_embeds", None))
-    if not isinstance(arguments.get("logits_to_keep", 0), int):
-        raise ValueError(
-            "logits_to_keep: expected an int (the last positions) together with images on a "
-            "patched model, whose logits have the length of the shrunk prompt, got indices"
-        )
     for name, instead in _NOT_WITH_IMAGES.items():
         if arguments.get(name) is not None:
             raise ValueError(
                 f"{name}: expected None together with images on a patched model; {instead}"
             )
-    encoded = encode_images(model, adapter, images)
     side, last_columns = padding_of(attention_mask)
-    logits_to_keep = arguments.get("logits_to_keep", 0)
-    if logits_to_keep:  # the caller's last columns
-        side, last_columns = "left", max(last_columns, logits_to_keep)
+    if model.prumerge.outputs == "shrunk" and _checked_last(arguments):  # the last columns are both
+        side, last_columns = "left", max(last_columns, arguments["logits_to_keep"])
+    encoded = encode_images(model, adapter, images)
     layout = lay_out_prompt(model, adapter, input_ids, attention_mask, encoded, side, last_columns)
     if attention_mask is None:
         _check_packing(arguments, layout)
@@ -316,17 +395,46 @@ def _forward_with_images(
     if positions is None:
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # [1, L]
         arguments["position_ids"] = layout.columns().to(arguments["inputs_embeds"].device)
-    layout = layout.placed(positions)
     arguments.pop("cache_position", None)  # 0 .. L-1; the model counts the shrunk prompt itself
+    return _Shrunk(layout.placed(positions), encoded)
 
-    return_dict = _returns_dict(model, arguments)
-    outputs = original(**arguments, return_dict=True)
-    for modality, tokens in encoded.items():
-        set_visual_outputs(outputs, modality, tokens.features, _output_of(tokens, True))
-    cache = cache_of(outputs)
-    if cache is not None:
-        remember_layout(cache, layout)
-    return outputs if return_dict else outputs.to_tuple()
+
+def _checked_last(arguments: dict[str, Any]) -> int:
+    """`logits_to_keep` where outputs have the shrunk length, whose indices nobody knows."""
+    logits_to_keep = arguments.get("logits_to_keep", 0)
+    if not isinstance(logits_to_keep, int):
+        raise ValueError(
+            "logits_to_keep: expected an int (the last positions) together with images on a model "
+            "patched with outputs='shrunk', got indices"
+        )
+    return logits_to_keep
+
+
+def _rows_of_logits(layout: PromptLayout, arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """Which rows stand for which of the caller's columns.
+
+    `logits_to_keep`, the last or any of the caller's columns, becomes the rows that any prompt
+    needs for them.
+    """
+    rows = layout.rows_of_columns()  # [B, L]
+    logits_to_keep = arguments.get("logits_to_keep", 0)
+    if isinstance(logits_to_keep, int) and logits_to_keep == 0:
+        return {"logits": rows, "hidden_states": rows}
+    columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+    kept = rows[:, columns]  # [B, k]
+    arguments["logits_to_keep"] = needed = kept.unique()  # ascending
+    return {"logits": torch.searchsorted(needed, kept), "hidden_states": rows}
+
+
+def _rows_of_hidden_states(layout: PromptLayout, arguments: dict[str, Any]) -> dict[str, Tensor]:
+    rows = layout.rows_of_columns()  # [B, L]
+    return {"last_hidden_state": rows, "hidden_states": rows}
+
+
+def _rows(values: Tensor, index: Tensor) -> Tensor:
+    """Rows [B, k, ...] of values [B, S, ...], by index [B, k]."""
+    index = index.to(values.device)
+    return values[torch.arange(len(values), device=values.device)[:, None], index]
 
 
 def _returns_dict(model: Any, arguments: dict[str, Any]) -> bool:

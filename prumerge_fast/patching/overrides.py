@@ -11,17 +11,29 @@ from prumerge_fast.families.base import Adapter, BaseAdapter, Override
 from prumerge_fast.patching import forward, generation
 
 
-def overrides_of(adapter: BaseAdapter, model_class: type) -> Mapping[str, Override]:
-    """What `patch` overrides of a model's methods, by name: of transformers' families the same."""
-    if not isinstance(adapter, Adapter):
-        return adapter.overrides(model_class)
-    features: dict[str, Override] = {
+def inner_overrides(adapter: Adapter, model_class: type) -> Mapping[str, Override]:
+    """What `patch` overrides of the inner model's methods, by name."""
+    return {
+        **_features(adapter, model_class),
+        "forward": forward.inner_forward,
+        "get_placeholder_mask": forward.refuse_placeholder_mask,
+    }
+
+
+def _features(adapter: Adapter, model_class: type) -> dict[str, Override]:
+    return {
         f"get_{modality}_features": functools.partial(forward.get_features, modality)
         for modality in adapter.pixels
         if hasattr(model_class, f"get_{modality}_features")
     }
+
+
+def overrides_of(adapter: BaseAdapter, model_class: type) -> Mapping[str, Override]:
+    """What `patch` overrides of a model's methods, by name: of transformers' families the same."""
+    if not isinstance(adapter, Adapter):
+        return adapter.overrides(model_class)
     return {
-        **features,
+        **_features(adapter, model_class),
         "forward": forward.forward,
         "generate": torch.no_grad()(generation.generate),
         "_get_logits_processor": lambda model, adapter, original, args, kwargs: (

@@ -1,8 +1,9 @@
 """`patch`, `unpatch` and `patched`: LLaVA-PruMerge on one model instance, and off it again.
 
-A patched instance gets a subclass of its own class, of the same name, with the methods that its
-family's adapter overrides. Nothing else changes, on the instance, its modules or anywhere in the
-process, so that undoing it is complete, and saving, copying and pickling work.
+A patched instance gets a subclass of its own class, of the same name, with the methods that
+`overrides` lists, and so does its inner model (`model.model`), which trainers call by itself.
+Nothing else changes, on the instance, its modules or anywhere in the process, so that undoing it is
+complete, and saving, copying and pickling work.
 
 A model that PEFT wraps is patched inside its wrapper, which passes everything on.
 """
@@ -19,9 +20,9 @@ from typing import Any, TypeVar
 
 from prumerge_fast.errors import UnsupportedModelError
 from prumerge_fast.families import adapter_for, adapter_for_class
-from prumerge_fast.families.base import Override
+from prumerge_fast.families.base import Adapter, Override, inner_model
 from prumerge_fast.patching.instance_class import instance_class
-from prumerge_fast.patching.overrides import overrides_of
+from prumerge_fast.patching.overrides import inner_overrides, overrides_of
 from prumerge_fast.patching.peft import check_adapters
 from prumerge_fast.reduction.config import PruMergeConfig
 from prumerge_fast.reduction.dispatch import resolve_backend
@@ -40,11 +41,13 @@ class PruMergeState:
     Args:
         config: The options.
         backend: As asked for: `"auto"`, `"triton"`, `"torch"` or `"reference"`.
+        outputs: `"caller"` or `"shrunk"`, whose length logits and hidden states have.
         last_lengths: Tokens of each image, then of each video, when any were last encoded.
     """
 
     config: PruMergeConfig
     backend: str
+    outputs: str = "caller"
     last_lengths: tuple[int, ...] | None = None
 
 
@@ -53,6 +56,7 @@ def patch(
     config: PruMergeConfig | None = None,
     *,
     backend: str | None = None,
+    outputs: str | None = None,
     **config_fields: Any,
 ) -> Model:
     """Make a LLaVA prune and merge its visual tokens (LLaVA-PruMerge, arXiv 2403.15388), in place.
@@ -60,10 +64,15 @@ def patch(
     `patch(model)` uses the defaults; `patch(model, keep=64)` sets options. On a patched model it
     reconfigures: options that are not given stay, unless `config` is given, which replaces all.
 
-    A patched model behaves as before, with shorter prompts: `forward` shortens ids, mask, positions
-    and labels with the images, so its logits have the length of the shrunk prompt, and `generate`
-    returns answers behind the prompt as the caller passed it. Hidden states and attentions have the
-    shrunk length. `get_image_features` returns the reduced features.
+    A patched model behaves as before, and its language model sees shorter prompts: `forward`, its
+    own or that of `model.model`, shortens ids, mask, positions and labels with the images, and
+    `generate` returns answers behind the prompt as the caller passed it. `get_image_features`
+    returns the reduced features.
+
+    Logits and hidden states have the caller's length: text stands in its own columns, and an
+    image's placeholders hold the rows of its tokens in order, the last of them repeated up to the
+    image's last placeholder. The loss of `labels` is that of the shrunk prompt. Attentions have the
+    shrunk length.
 
     With images, assisted decoding, chunked prefill and embeddings as the prompt raise `ValueError`,
     as do new images in a later turn that reuses the cache.
@@ -73,6 +82,10 @@ def patch(
         config: The options; `None` for the defaults, or those the model is patched with.
         backend: `"auto"`, `"triton"`, `"torch"` or `"reference"`; `None` for `"auto"`, or the one
             that the model is patched with.
+        outputs: `"caller"`: logits and hidden states of the caller's length, as above. `"shrunk"`:
+            the rows that the language model gave, without copies; `logits_to_keep` counts those.
+            `None` for `"caller"`, or what the model is patched with. The original LLaVA package
+            has `"shrunk"` alone: its prompts hold one placeholder an image, patched or not.
         config_fields: Options of `PruMergeConfig`, over those of `config`.
 
     Returns:
@@ -95,14 +108,25 @@ def patch(
     config = config.replace(**config_fields)
     if backend is None:
         backend = "auto" if current is None else current.backend
+    if outputs is None:
+        outputs = adapter.outputs[0] if current is None else current.outputs
+    elif outputs not in adapter.outputs:
+        expected = " or ".join(map(repr, adapter.outputs))
+        raise ValueError(
+            f"outputs: expected {expected} for {type(instance).__name__}, got {outputs!r}"
+        )
     check_adapters(model)
     adapter.check(instance)
     config.budget(adapter.num_patches(instance))  # raises when `keep` does not fit
     resolve_backend(backend, adapter.device(instance))
+    parts = _parts(instance)
     if current is None:
-        _check_methods(instance)
-        _change_class(instance, _patched_class(instance.__class__))
-    instance.prumerge = PruMergeState(config, backend)
+        for part in parts:
+            _check_methods(part, instance)
+        outer: Any = type(instance)
+        for part in parts:
+            _change_class(part, _patched_class(part.__class__, outer))
+    _set_state(parts, PruMergeState(config, backend, outputs))
     return model
 
 
@@ -114,20 +138,21 @@ def unpatch(model: Model) -> Model:
 
     Raises:
         ValueError: The model is not patched.
-        UnsupportedModelError: Its class, or a method of the instance that `patch` overrides, was
-            replaced since.
+        UnsupportedModelError: Its class was replaced since.
     """
     instance: Any = without_peft(model)
     if not is_patched(instance):
         raise ValueError(f"model: expected a patched model, got a plain {type(instance).__name__}")
-    if "_prumerge_base" not in vars(type(instance)):
-        raise UnsupportedModelError(
-            "model: its class was replaced after patching, which unpatching would undo as well; "
-            "undo that first"
-        )
-    _check_methods(instance)
-    del instance.prumerge
-    _change_class(instance, type(instance)._prumerge_base)
+    parts = [part for part in _parts(instance) if is_patched(part)]
+    for part in parts:
+        if "_prumerge_base" not in vars(type(part)):
+            raise UnsupportedModelError(
+                f"model: its class was replaced after patching ({type(part).__name__}), which "
+                "unpatching would undo as well; undo that first"
+            )
+    for part in parts:
+        del part.prumerge
+        _change_class(part, type(part)._prumerge_base)
     return model
 
 
@@ -137,6 +162,7 @@ def patched(
     config: PruMergeConfig | None = None,
     *,
     backend: str | None = None,
+    outputs: str | None = None,
     **config_fields: Any,
 ) -> Iterator[Model]:
     """`patch` for the duration of a `with` block; then the model is what it was, patched or not.
@@ -145,14 +171,14 @@ def patched(
     """
     instance: Any = without_peft(model)
     before = instance.prumerge if is_patched(instance) else None
-    patch(model, config, backend=backend, **config_fields)
+    patch(model, config, backend=backend, outputs=outputs, **config_fields)
     try:
         yield model
     finally:
         if before is not None:
             if not is_patched(model):
-                patch(model, before.config, backend=before.backend)
-            instance.prumerge = before
+                patch(model, before.config, backend=before.backend, outputs=before.outputs)
+            _set_state(_parts(instance), before)
         elif is_patched(model):
             unpatch(model)
 
@@ -162,14 +188,31 @@ def is_patched(model: object) -> bool:
     return hasattr(type(without_peft(model)), "_prumerge_base")
 
 
+def _parts(model: Any) -> list[Any]:
+    """What of a model changes its class: itself and, in transformers, its inner model."""
+    return [model, inner_model(model)] if isinstance(adapter_for(model), Adapter) else [model]
+
+
+def _set_state(parts: list[Any], state: PruMergeState) -> None:
+    for part in parts:
+        part.prumerge = state
+
+
 @functools.cache
-def _patched_class(base: Any) -> Any:
-    """The subclass that patched instances of `base` have. Per class: instances hold the state."""
-    adapter = adapter_for_class(base)
+def _patched_class(base: Any, outer: Any) -> Any:
+    """The subclass that patched instances of `base` have, or the inner models of those of `outer`.
+
+    Per class: instances hold the state.
+    """
+    adapter: Any = adapter_for_class(outer)
+    overrides = overrides_of(adapter, base) if base is outer else inner_overrides(adapter, base)
 
     def overriding(name: str, override: Override) -> Any:
         @functools.wraps(getattr(base, name))
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            # What wrapped it while the model was patched may still hold it.
+            if not isinstance(self, subclass):
+                return getattr(base, name)(self, *args, **kwargs)
             return override(self, adapter, getattr(super(subclass, self), name), args, kwargs)
 
         # `unwrap_model` of accelerate would follow `__wrapped__` to the plain method.
@@ -184,32 +227,36 @@ def _patched_class(base: Any) -> Any:
         self.__init__(*args, **kwargs)
 
     namespace = {
-        **{
-            name: overriding(name, override)
-            for name, override in overrides_of(adapter, base).items()
-        },
+        **{name: overriding(name, each) for name, each in overrides.items()},
         "__init__": __init__,
         "_prumerge_base": base,
     }
-    subclass = instance_class(base, namespace, _new_patched)
+    subclass = instance_class(base, namespace, functools.partial(_new_patched, outer=outer))
     return subclass
 
 
-def _new_patched(base: Any) -> Any:
-    subclass = _patched_class(base)
+def _new_patched(base: Any, outer: Any) -> Any:
+    subclass = _patched_class(base, outer)
     return subclass.__new__(subclass)
 
 
-def _check_methods(model: Any) -> None:
-    """Raise if the instance has methods of its own that a change of class would not reach."""
-    own = model.__dict__.get("_old_forward", model.__dict__.get("forward"))
-    if own is not None and getattr(own, "__func__", None) is not type(model).forward:
+def _check_methods(part: Any, model: Any) -> None:
+    """Raise if the instance has methods of its own that a change of class would not reach.
+
+    A `forward` of its own on a whole model of transformers goes by the inner one, which prunes.
+    """
+    own = part.__dict__.get("_old_forward", part.__dict__.get("forward"))
+    adapter = adapter_for(model)
+    replaced = own is not None and getattr(own, "__func__", None) is not type(part).forward
+    if replaced and (part is not model or not isinstance(adapter, Adapter)):
         raise UnsupportedModelError(
-            "model: its `forward` was replaced on the instance, which patching and unpatching "
-            "would not reach; undo that first, and patch before wrapping"
+            f"model: the `forward` of its {type(part).__name__} was replaced on the instance, "
+            "which patching would not reach; undo that first, and patch before wrapping"
         )
-    for name in overrides_of(adapter_for(model), type(model)):
-        if name != "forward" and name in model.__dict__:
+    whole = part is model or not isinstance(adapter, Adapter)
+    overrides = overrides_of if whole else inner_overrides
+    for name in overrides(adapter, type(part)):  # type: ignore[arg-type]
+        if name != "forward" and name in part.__dict__:
             raise UnsupportedModelError(
                 f"model: expected the `{name}` of its class, but it was replaced on the instance"
             )

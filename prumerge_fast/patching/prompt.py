@@ -133,6 +133,28 @@ class PromptLayout:
         prompt = prompt.masked_fill(source < 0, fill)
         return torch.cat([prompt, values[:, self.length :]], dim=1)
 
+    def rows_of_columns(self) -> Tensor:
+        """The shrunk prompt's position that stands for each of the caller's columns, [B, L] int64.
+
+        A token that is there stands for itself; an image's placeholders hold its tokens in order,
+        the last of them repeated to the image's last placeholder, so that the column in front of
+        the text behind an image predicts it. (Of an image without tokens, what is in front of it.)
+        Outer padding is the nearest padding there is, and where there is none the first or last
+        token.
+        """
+        source = self.source  # [B, S]
+        here = torch.arange(self.shrunk_length, device=source.device)
+        columns = torch.arange(self.length, device=source.device).expand(len(source), -1)  # [B, L]
+        final = here.where(source >= 0, -1).amax(1, keepdim=True)  # [B, 1]
+        ascending = source.masked_fill(here > final, self.length)  # padding in front is -1
+        up_to = torch.searchsorted(ascending, columns.contiguous(), right=True)  # [B, L]
+        begin = (ascending < 0).sum(1, keepdim=True)  # [B, 1]
+        first = ascending.gather(1, begin)  # [B, 1]
+        in_front = begin - first + columns
+        behind = (columns - self.last.to(source.device)).clamp(min=0)
+        rows = torch.where(up_to == begin, in_front, up_to - 1 + behind)
+        return rows.clamp(0, self.shrunk_length - 1)
+
     def labels(self, labels: Tensor) -> Tensor:
         """Labels [B, S] of the tokens that are left.
 

@@ -19,6 +19,7 @@ from tiny_models import (
     PATCHES,
     VIDEO,
     features_of,
+    lengths_seen,
     same,
     snapshot,
 )
@@ -103,7 +104,8 @@ def test_padded_batches_equal_single_prompts(
     family: Family, plain: Any, model: Any, side: str, name: str
 ) -> None:
     oracle, prompts = FamilyOracle(family, plain, CONFIGS[name]), family.prompts()
-    outputs = patch(model, CONFIGS[name])(**family.inputs(prompts, side), use_cache=True)
+    inputs = family.inputs(prompts, side)
+    outputs = patch(model, CONFIGS[name], outputs="shrunk")(**inputs, use_cache=True)
     expected = [oracle.logits(parts, None) for parts in prompts]
     width = max(map(len, expected))
     assert outputs.logits.shape[1] == width
@@ -112,6 +114,16 @@ def test_padded_batches_equal_single_prompts(
         close(row[-len(logits) :] if side == "left" else row[: len(logits)], logits)
     pictures = [part for kind in family.kinds for part in family.pictures(prompts, kind)]
     assert model.prumerge.last_lengths == tuple(len(oracle.tokens(part)) for part in pictures)
+
+    patch(model, outputs="caller")
+    shown = torch.cat([e[oracle.rows(parts)] for e, parts in zip(expected, prompts, strict=True)])
+    mask = inputs["attention_mask"].bool()
+    seen = lengths_seen(model)
+    whole = model(**inputs)
+    close(whole.logits[mask], shown)
+    inner = model.model(**inputs)
+    assert torch.equal(model.lm_head(inner.last_hidden_state)[mask], whole.logits[mask])
+    assert seen == [width, width]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -425,7 +437,7 @@ def test_one_flat_colour(
     inputs, oracle = family.inputs(prompts), FamilyOracle(family, plain, CONFIGS[name])
     outputs = patch(model, CONFIGS[name])(**inputs)
     for row, parts in zip(outputs.logits, prompts, strict=True):
-        expected = oracle.logits(parts, None)
+        expected = oracle.logits(parts, None)[oracle.rows(parts)]
         close(row[-len(expected) :], expected)
     assert model.generate(**inputs, max_new_tokens=2).shape[0] == len(inputs["input_ids"])
 

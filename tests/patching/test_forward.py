@@ -89,7 +89,7 @@ def test_padded_batches_equal_single_prompts(
     plain: LlavaForConditionalGeneration, side: str, name: str
 ) -> None:
     oracle = Oracle(plain, CONFIGS[name])
-    model = patch(tiny_llava(), CONFIGS[name])
+    model = patch(tiny_llava(), CONFIGS[name], outputs="shrunk")
     inputs = batch(PROMPTS, side)
     outputs = model(**inputs, pixel_values=PIXELS, use_cache=True)
     expected = [oracle.logits(*pair) for pair in zip(PROMPTS, OF_PROMPT, strict=True)]
@@ -102,6 +102,13 @@ def test_padded_batches_equal_single_prompts(
     assert model.prumerge.last_lengths == tuple(map(len, features))
     torch.testing.assert_close(features_of(outputs), torch.cat(features))
 
+    patch(model, outputs="caller")
+    pairs = zip(expected, PROMPTS, OF_PROMPT, strict=True)
+    shown = torch.cat([logits[oracle.rows(ids, pixels)] for logits, ids, pixels in pairs])
+    outputs = model(**inputs, pixel_values=PIXELS, use_cache=True)
+    assert outputs[CACHE].get_seq_length() == width
+    close(outputs.logits[inputs["attention_mask"].bool()], shown)
+
 
 @torch.no_grad()
 def test_images_of_unequal_lengths_without_a_mask(
@@ -113,8 +120,7 @@ def test_images_of_unequal_lengths_without_a_mask(
     assert len(set(model.prumerge.last_lengths)) > 1
     oracle = Oracle(plain, PruMergeConfig())
     for row, ids, pixels in zip(outputs.logits, rows, pixel_values, strict=True):
-        expected = oracle.logits(ids, pixels[None])
-        close(row[-len(expected) :], expected)
+        close(row, oracle.logits(ids, pixels[None])[oracle.rows(ids, pixels[None])])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -300,13 +306,35 @@ def test_positions_of_the_caller(model: LlavaForConditionalGeneration) -> None:
         shift = int(given.min())
         counted = (mask.cumsum(1) - 1).masked_fill(mask == 0, 0) + shift * mask
         assert torch.equal(used["position_ids"], counted)
-        close(actual[mask.bool()], expected[mask.bool()])  # rotary embeddings are relative
+        real = inputs["attention_mask"].bool()
+        close(actual[real], expected[real])  # rotary embeddings are relative
 
 
 @torch.no_grad()
 def test_last_logits_only(model: LlavaForConditionalGeneration) -> None:
     inputs = {**batch(PROMPTS), "pixel_values": PIXELS}
     assert torch.equal(model(**inputs, logits_to_keep=3).logits, model(**inputs).logits[:, -3:])
+    patch(model, outputs="shrunk")
+    assert torch.equal(model(**inputs, logits_to_keep=3).logits, model(**inputs).logits[:, -3:])
+    with pytest.raises(ValueError, match="logits_to_keep: expected an int"):
+        model(**inputs, logits_to_keep=torch.tensor([3]))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_logits_of_some_columns(model: LlavaForConditionalGeneration, side: str) -> None:
+    """The caller's columns, of which one row of the head stands for many."""
+    inputs = {**batch(PROMPTS, side), "pixel_values": PIXELS}
+    every = model(**inputs).logits
+    computed: list[int] = []
+    model.lm_head.register_forward_pre_hook(lambda _, args: computed.append(args[0].shape[1]))
+    width = every.shape[1]
+    for columns in (1, 30, width, width + 9, [3], [7, 3, 3, -1], list(range(width))):
+        given = columns if isinstance(columns, int) else torch.tensor(columns)
+        index = slice(-columns, None) if isinstance(columns, int) else columns
+        close(model(**inputs, logits_to_keep=given).logits, every[:, index])
+    shrunk = max(model.prumerge.last_lengths) + width - PATCHES
+    assert max(computed) <= shrunk < width
 
 
 @pytest.mark.parametrize("logits_to_keep", [0, 3])
@@ -341,8 +369,9 @@ def test_packed_rows(
     positions = torch.tensor([[*range(len(parts[0])), *range(len(parts[1]))]])
     pixels = images(4, seed=3)
     logits = model(ids, pixel_values=pixels[:2], position_ids=positions, use_cache=False).logits
-    expected = Oracle(plain, PruMergeConfig()).logits(parts[1], pixels[1:2])
-    close(logits[0, -len(expected) :], expected)
+    oracle = Oracle(plain, PruMergeConfig())
+    expected = oracle.logits(parts[1], pixels[1:2])[oracle.rows(parts[1], pixels[1:2])]
+    close(logits[0, -len(parts[1]) :], expected)
     two = {"input_ids": ids.repeat(2, 1), "position_ids": positions.repeat(2, 1)}
     with pytest.raises(ValueError, match=r"position_ids: .*pack into one row, or set keep"):
         model(**two, pixel_values=pixels, use_cache=False)
@@ -464,7 +493,6 @@ def bad(**changes: Any) -> dict[str, Any]:
         (bad(inputs_embeds=torch.zeros(4, 9, 64)), "inputs_embeds: expected None"),
         (bad(attention_mask=torch.ones(4, 9)), "attention_mask: expected the shape of input_ids"),
         (bad(attention_mask={"full": None}), "attention_mask: .*got dict"),
-        (bad(logits_to_keep=torch.tensor([3])), "logits_to_keep: expected an int"),
         (bad(shift_labels=torch.zeros(4, 9)), "shift_labels: expected None"),
         (bad(cu_seq_lens_q=torch.zeros(4)), "cu_seq_lens_q: .*pass position_ids"),
         (bad(image_sizes=torch.zeros(4, 2)), "image_sizes: expected None"),

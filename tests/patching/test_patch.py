@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import images, prompt, same, snapshot, tiny_llava
+from tiny_models import images, lengths_seen, prompt, same, snapshot, tiny_llava
 from torch import nn
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
@@ -37,8 +37,10 @@ def test_patch_and_unpatch_leave_no_trace() -> None:
     expected, of_other = logits(model), logits(other)
     before = snapshot(model)  # after a call: transformers 5 notes the first one on the tower
     assert patch(model, keep=3) is model
-    shrunk = logits(model)
-    assert shrunk.shape[1] == expected.shape[1] - 25 + 4  # 3 centres and the supplement
+    seen = lengths_seen(model)
+    assert logits(model).shape == expected.shape
+    model.model.language_model._forward_pre_hooks.clear()
+    assert seen == [expected.shape[1] - 25 + 4]  # 3 centres and the supplement
     assert model.prumerge.last_lengths == (4,)
     model.generate(**INPUTS, max_new_tokens=2)
     assert torch.equal(logits(other), of_other)
@@ -69,7 +71,8 @@ def test_patching_again_reconfigures() -> None:
 
 def test_state() -> None:
     model = patch(tiny_llava())
-    assert model.prumerge == PruMergeState(PruMergeConfig(), "auto", None)
+    assert model.prumerge == PruMergeState(PruMergeConfig(), "auto", "caller", None)
+    assert model.model.prumerge is model.prumerge
 
 
 def test_patched_restores_what_was() -> None:
@@ -271,24 +274,18 @@ def test_accelerate_hooks(first: str, removed_first: str) -> None:
 
 
 def test_methods_replaced_on_the_instance_are_refused() -> None:
+    """But for the whole model's `forward`, which goes by the inner model's (test_callers.py)."""
     model = tiny_llava()
-    model.forward = lambda *args, **kwargs: None
-    with pytest.raises(UnsupportedModelError, match="`forward` was replaced"):
+    model.model.forward = lambda *args, **kwargs: None
+    with pytest.raises(UnsupportedModelError, match="`forward` of its LlavaModel was replaced"):
         patch(model)
     assert not is_patched(model)
-    del model.forward
+    assert not is_patched(model.model)
+    del model.model.forward
     model.generate = lambda *args, **kwargs: None
     with pytest.raises(UnsupportedModelError, match="`generate`"):
         patch(model)
     del model.generate
-
-    patch(model)
-    model.forward = lambda *args, **kwargs: None
-    with pytest.raises(UnsupportedModelError, match="`forward` was replaced"):
-        unpatch(model)
-    assert is_patched(model)
-    del model.forward
-    unpatch(model)
 
 
 def test_importing_does_not_import_transformers() -> None:
