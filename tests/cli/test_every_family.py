@@ -119,8 +119,12 @@ def by_hand(saved: Saved, path: Path, question: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def check(saved: Saved, result: dict[str, Any], placeholders: list[int]) -> None:
-    """Answers, tokens and stages of a comparison, against plain transformers one by one."""
+def check(saved: Saved, result: dict[str, Any], placeholders: list[int]) -> list[int]:
+    """Answers, tokens and stages of a comparison, against plain transformers one by one.
+
+    Returns:
+        How many tokens PruMerge keeps of each question.
+    """
     model = model_of(saved)
     tokenizer = transformers.AutoTokenizer.from_pretrained(saved.folder)
     kept = []
@@ -146,6 +150,7 @@ def check(saved: Saved, result: dict[str, Any], placeholders: list[int]) -> None
         assert (stages.pop("prune_merge") is None) == (name == "LLaVA")
         assert all(time > 0 for time in stages.values()), stages
         assert stages["total"] > max(time for stage, time in stages.items() if stage != "total")
+    return kept
 
 
 def test_images(saved, pictures, capsys):
@@ -171,11 +176,12 @@ def test_images(saved, pictures, capsys):
         assert tokens["mean"] == KEEP + 1
 
 
-def test_videos(of_videos, pictures, films, capsys):
+def test_videos(of_videos, pictures, films, tmp_path, capsys):
     """Two videos and an image at once."""
     options = ("--batch-size", 3, "--keep", KEEP, "--variant", "prumerge", "--frames", FRAMES)
     asked = ("--images", pictures / "square.png", "--videos", films, "--prompt", "what ?")
-    result = compared(capsys, of_videos, *asked, *options)
+    answers = ("--answers", tmp_path / "said.jsonl")
+    result = compared(capsys, of_videos, *asked, *options, *answers)
     assert [a["modality"] for a in result["answers"]] == ["image", "video", "video"]
     assert [Path(a["image"]).name for a in result["answers"][1:]] == ["long.mp4", "short.avi"]
     assert result["settings"]["frames"] == FRAMES
@@ -183,7 +189,9 @@ def test_videos(of_videos, pictures, films, capsys):
     is_next = of_videos.name == "LLaVA-NeXT-Video"
     image = side * side + (2 * side * (2 * side + 1) if is_next else 0)
     video = FRAMES * (side * side // 4 if is_next else 1 + side * side)
-    check(of_videos, result, [image, video, video])
+    kept = check(of_videos, result, [image, video, video])
+    written = (tmp_path / "said-prumerge.jsonl").read_text().splitlines()
+    assert [json.loads(line)["metadata"]["visual_tokens"] for line in written] == kept
 
 
 def test_share_of_a_frame_is_kept(of_videos, films, capsys):
