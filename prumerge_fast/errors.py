@@ -21,3 +21,14 @@ class InputError(PruMergeError, ValueError):
 
     def __init__(self, message: object) -> None:
         super().__init__(" ".join(str(message).split()))  # messages of libraries have many lines
+
+
+class PictureError(InputError):
+    """A picture that cannot be used; of many, the others can.
+
+    Its message is `image: ` (or `video: `) and what was expected and what came.
+    """
+
+    def __init__(self, says: object, modality: str = "image") -> None:
+        super().__init__(f"{modality}: {says}")
+        self.says = str(self).removeprefix(f"{modality}: ")

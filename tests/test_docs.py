@@ -115,6 +115,21 @@ def test_links_lead_somewhere(link):
     assert (ROOT / link).exists()
 
 
+def test_contributing_names_files_and_tests_that_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = set(re.findall(r"`((?:prumerge_fast|kernels|tests|docs|bench|\.ci)/[\w./]+)`", text))
+    named |= {path.partition("::")[0] for path in re.findall(r"tests/[\w/]+\.py", text)}
+    assert named
+    assert {path for path in named if not (ROOT / path).exists()} == set()
+    sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    tests = set(re.findall(r"`(test_\w+)`", text))
+    assert tests
+    assert {test for test in tests if f"def {test}(" not in sources} == set()
+    rooms = re.findall(r"^\| `(\w+)/` \|", text, re.MULTILINE)
+    folders = {path.parent.name for path in (ROOT / "prumerge_fast").glob("*/__init__.py")}
+    assert set(rooms) == folders | {"kernels"}
+
+
 def test_options_of_the_command_line_exist():
     text = CliRunner().invoke(app, ["compare", "--help"], env={"COLUMNS": "200"}).output
     # Without the tables, whose commands are those of the result files.

@@ -13,9 +13,10 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from prumerge_fast.families.base import inner_model
 from prumerge_fast.reduction.config import PruMergeConfig
 from prumerge_fast.reduction.dispatch import prune_merge
-from prumerge_fast.towers.wrappers import without_peft
+from prumerge_fast.towers.wrappers import unwrapped
 from prumerge_fast.versions import cache_argument
 
 IMAGE, VIDEO, PAD, BOS, EOS, VOCAB = 90, 88, 89, 1, 2, 91
@@ -147,7 +148,7 @@ def same(before: dict[str, Any], after: dict[str, Any]) -> bool:
 def lengths_seen(model: Any) -> list[int]:
     """A list that gets the length of everything that the language model is given from now on."""
     lengths: list[int] = []
-    language_model = without_peft(model).model.language_model
+    language_model = inner_model(unwrapped(model)).language_model
     language_model.register_forward_pre_hook(
         lambda _module, _args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]),
         with_kwargs=True,

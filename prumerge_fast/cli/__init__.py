@@ -3,7 +3,8 @@
 Only what parses the arguments is imported here; PyTorch and transformers are imported by the
 command that needs them, so that `--help` is instant.
 
-Exit codes: 0 done, 2 bad input (one line on standard error says what is wrong), 130 interrupted.
+Exit codes: 0 done; 2 bad input, or some pictures of many could not be read (one line on standard
+error says what is wrong); 130 interrupted.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from PIL import Image
 
 from prumerge_fast.errors import InputError, PruMergeError
 from prumerge_fast.harness.files import NO_ROOM
@@ -118,6 +120,14 @@ MergeOption = Annotated[
 BackendOption = Annotated[Backend, typer.Option(help="What runs the token reduction.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="auto: float32 on a CPU, float16 on a GPU.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")]
+StrictOption = Annotated[
+    bool,
+    typer.Option(
+        "--strict",
+        help="Stop at the first picture that cannot be read. Otherwise it is reported, its "
+        "questions are left out, and the exit code is 2 at the end.",
+    ),
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Write JSON, with provenance, to standard output.")
 ]
@@ -135,7 +145,10 @@ def _compare(
     model: ModelOption = None,
     images: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE|FOLDER ...", help="Images to ask about."),
+        typer.Option(
+            metavar="FILE|FOLDER ...",
+            help="Images to ask about; of a folder, those right in it. HEIC needs pillow-heif.",
+        ),
     ] = None,
     videos: Annotated[
         list[Path] | None,
@@ -168,6 +181,15 @@ def _compare(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace answer files that hold something.")
     ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on from the answer files: ask only what they lack, pictures that could not be "
+            "read once more. Times are of what is asked now.",
+        ),
+    ] = False,
+    strict: StrictOption = False,
     html: Annotated[
         Path | None,
         typer.Option(
@@ -224,6 +246,8 @@ def _compare(
             image_aspect_ratio=_value(image_aspect_ratio),
             answers=answers,
             overwrite=overwrite,
+            resume=resume,
+            strict=strict,
             html=html,
             count=count,
             configs=[
@@ -378,6 +402,7 @@ def _evaluate(
     device: DeviceOption = "auto",
     batch_size: Annotated[int, _count_option("Questions answered at once.")] = 25,
     max_new_tokens: Annotated[int, _count_option("Longest answer.")] = 16,
+    strict: StrictOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Accuracy with intervals: PruMerge beside random, evenly spaced and most attended tokens.
@@ -403,6 +428,7 @@ def _evaluate(
             device=device,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
+            strict=strict,
             as_json=as_json,
         )
     )
@@ -464,6 +490,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     # Bad usage, in typer of any version: the base class is public only through this subclass.
     usage_error: Any = typer.BadParameter.__base__
+    # Phones take 200 megapixels; Pillow refuses twice this number, for fear of small files that
+    # fill the memory.
+    Image.MAX_IMAGE_PIXELS = 2**27
     try:
         code = app(arguments, prog_name="prumerge-fast", standalone_mode=False, obj=arguments)
         sys.stdout.flush()

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TextIO
 
-from prumerge_fast.cli import page, report
+from prumerge_fast.cli import answer_files, page, report
 from prumerge_fast.demo import MODEL_DIR
 from prumerge_fast.demo.items import items_from_demo
 from prumerge_fast.errors import InputError
-from prumerge_fast.harness.answers import Answer, summarise
+from prumerge_fast.evaluation import fingerprint
+from prumerge_fast.harness.answers import Answer, failures, failures_line, summarise
+from prumerge_fast.harness.folders import find_images, find_videos
 from prumerge_fast.harness.inputs import Item, items_from_images, items_from_jsonl
 from prumerge_fast.harness.models import Loaded, check_keep, load
-from prumerge_fast.harness.prompts import check_modalities, prepare
+from prumerge_fast.harness.prompts import check_modalities, prepare_readable
 from prumerge_fast.harness.provenance import provenance
 from prumerge_fast.harness.questions import batches, decoded
 from prumerge_fast.harness.stages import Measurement, StageTimes, measure
@@ -44,6 +45,8 @@ class CompareOptions:
     image_aspect_ratio: str | None
     answers: Path | None
     overwrite: bool
+    resume: bool
+    strict: bool
     html: Path | None
     count: int
     configs: list[PruMergeConfig]
@@ -64,18 +67,23 @@ class _Policy:
         self.config = config
         self.name = "LLaVA" if config is None else _NAMES[config.variant]
         self.slug = report.SLUGS[self.name]
-        self.answers: list[Answer] = []
+        self.answers: dict[int, Answer] = {}  # by the number of the question, as they came
         self.times: list[StageTimes] = []
         self.file: TextIO | None = None
+        self.origin: dict[str, Any] = {}  # what answers on file depend on
 
 
 def run(options: CompareOptions) -> None:
     """Runs the command.
 
     Raises:
-        InputError: Something given cannot be used. Answers written until then stay.
+        InputError: Something given cannot be used, or, at the end, some pictures could not. Answers
+            written until then stay.
         BackendUnavailableError: The backend was asked for by name and cannot run.
     """
+    if options.resume and (options.answers is None or options.overwrite):
+        beside = "with --answers" if options.answers is None else "without --overwrite"
+        raise InputError(f"--resume: expected it {beside}, which says what to go on from")
     items = _items(options)
     policies = [_Policy(config) for config in (None, *options.configs)]
     with ExitStack() as stack:
@@ -94,32 +102,45 @@ def run(options: CompareOptions) -> None:
             check_keep(config, loaded.patches)
         check_modalities(loaded, items)
         backend = resolve_backend(options.backend, loaded.device).name
+        if options.answers is not None:
+            _take_up(options, loaded, backend, policies, items)
+        earlier = _answered(policies)
+        failed: dict[int, str] = {}
         try:
-            _answer_all(options, loaded, policies, items)
+            _answer_all(options, loaded, policies, items, failed)
         except KeyboardInterrupt:
-            done = min(len(policy.answers) for policy in policies)
+            done = len(_answered(policies))
             report.messages().print(f"interrupted after {done} of {len(items)} questions")
             raise
+        not_asked = failures(items, failed)
+        pictures = len({item.image for item in items})
+        said = _answered(policies)
+        if not said:
+            raise InputError(failures_line(pictures, not_asked))
+        answers = [[policy.answers[number] for number in said] for policy in policies]
         results = {
-            policy.name: summarise(policy.answers, policy.times, policies[0].answers)
-            for policy in policies
+            policy.name: summarise(given, policy.times, answers[0])
+            for policy, given in zip(policies, answers, strict=True)
         }
-        result = _as_json(options, loaded, backend, policies, results)
-        _print(options, loaded, policies, results, result)
+        result = _as_json(options, loaded, backend, policies, results, answers)
+        result |= {"answered_by_earlier_runs": len(earlier), "failed": not_asked}
+        _print(options, loaded, answers, results, result)
         if html is not None:
             images = {item.image: item for item in items}
-            pictures = page.panels(
+            panels = page.panels(
                 loaded, result, lambda name: images[name].load(), backend=options.backend
             )
-            page.write(html, page.render(result, pictures))
+            page.write(html, page.render(result, panels))
     if options.html is not None and not options.as_json:
         report.console().print(f"{options.html}: the same as a page, with pictures", soft_wrap=True)
+    if not_asked:
+        raise InputError(failures_line(pictures, not_asked))
 
 
 def _print(
     options: CompareOptions,
     loaded: Loaded,
-    policies: Sequence[_Policy],
+    answers: Sequence[Sequence[Answer]],
     results: dict[str, dict[str, Any]],
     result: dict[str, Any],
 ) -> None:
@@ -128,16 +149,18 @@ def _print(
         report.print_json(result)
         return
     console = report.console()
-    items = policies[0].answers
-    if len(items) <= MOST_ANSWERS_SHOWN:
-        console.print(report.answers_table({p.name: p.answers for p in policies}))
+    count = len(answers[0])
+    if count <= MOST_ANSWERS_SHOWN:
+        console.print(report.answers_table(dict(zip(results, answers, strict=True))))
     console.print(
-        f"{loaded.name}: {len(items)} questions, {_dtype_name(loaded)}"
+        f"{loaded.name}: {count} questions, {_dtype_name(loaded)}"
         f"{f', language model in {options.bits} bits' if options.bits else ''} on {loaded.device}, "
         f"batches of {options.batch_size}, backend {result['settings']['backend']}"
     )
     console.print(report.comparison_table(results))
     console.print("Times: median per question; total is all of generate().")
+    for remark in report.remarks(result):
+        console.print(remark, soft_wrap=True)
 
 
 def _items(options: CompareOptions) -> list[Item]:
@@ -155,7 +178,11 @@ def _items(options: CompareOptions) -> list[Item]:
         if not options.prompts:
             given = "--images" if options.images else "--videos"
             raise InputError(f"--prompt: expected at least one with {given}, got none")
-        return items_from_images(options.images, options.prompts, options.videos, options.frames)
+        found = find_images(options.images)
+        if found.skipped:
+            report.remark(found.remark())
+        videos = find_videos(options.videos)
+        return items_from_images(found.images, options.prompts, videos, options.frames)
     if options.prompts:
         raise InputError("--images: expected at least one with --prompt, or --videos, got none")
     return items_from_demo(options.count)
@@ -166,12 +193,14 @@ def _open_answers(options: CompareOptions, slug: str, stack: ExitStack) -> TextI
         return None
     if options.answers.is_dir():
         raise InputError(f"--answers: expected a file, got the folder {options.answers}")
-    path = options.answers.with_name(f"{options.answers.stem}-{slug}{options.answers.suffix}")
+    path = _answer_file(options.answers, slug)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and path.stat().st_size > 0 and not options.overwrite:
+        kept = not options.overwrite and not options.resume
+        if path.exists() and path.stat().st_size > 0 and kept:
             raise InputError(
-                f"--answers: expected a new file, got {path}, which exists; --overwrite replaces it"
+                f"--answers: expected a new file, got {path}, which exists; --overwrite replaces "
+                "it, --resume goes on from it"
             )
         # Not "w": what is there stays until the first new answer.
         return stack.enter_context(
@@ -181,29 +210,102 @@ def _open_answers(options: CompareOptions, slug: str, stack: ExitStack) -> TextI
         raise InputError(f"--answers: expected a writable file, got {path} ({error})") from None
 
 
-def _answer_all(
-    options: CompareOptions, loaded: Loaded, policies: Sequence[_Policy], items: list[Item]
+def _answer_file(answers: Path, slug: str) -> Path:
+    return answers.with_name(f"{answers.stem}-{slug}{answers.suffix}")
+
+
+def _take_up(
+    options: CompareOptions,
+    loaded: Loaded,
+    backend: str,
+    policies: Sequence[_Policy],
+    items: list[Item],
 ) -> None:
-    """Puts every question to every policy; answers are written as they come.
+    """Says what answers on file depend on, and goes on from those there where that is asked for."""
+    settings = _settings(options, loaded, backend)
+    settings["weights"] = fingerprint.of_weights(loaded.model)
+    for name in ("batch_size", "repeat"):  # with which the answers do not change
+        del settings[name]
+    for policy in policies:
+        config = None if policy.config is None else asdict(policy.config)
+        policy.origin = {
+            "model_id": f"{loaded.name}-{policy.slug}",
+            "settings": {**settings, "config": config},
+        }
+        if options.resume and options.answers is not None:
+            path = _answer_file(options.answers, policy.slug)
+            policy.answers = answer_files.resumed(path, items, policy.origin)
+
+
+def _answered(policies: Sequence[_Policy]) -> list[int]:
+    """The questions, by number, that every policy has answered."""
+    first, *others = (policy.answers.keys() for policy in policies)
+    return sorted(set(first).intersection(*others))
+
+
+def _answer_all(
+    options: CompareOptions,
+    loaded: Loaded,
+    policies: Sequence[_Policy],
+    items: list[Item],
+    failed: dict[int, str],
+) -> None:
+    """Puts every question to every policy that has not answered it; answers are written as they
+    come.
 
     Each batch starts with another policy, so that drifts of the machine hit all of them alike.
+    Questions whose pictures cannot be read go into `failed`, by number.
     """
-    for policy in policies:  # warm-up
-        _measure(options, loaded, policy, prepare(loaded, items[: options.batch_size]))
-    for policy in policies:
-        if policy.file is not None:
-            policy.file.truncate(0)
-    with report.progress(len(items)) as advance:
-        for number, batch in enumerate(batches(items, options.batch_size)):
-            inputs = prepare(loaded, batch)
-            for repeat in range(options.repeat):
-                first = (number + repeat) % len(policies)
-                for policy in (*policies[first:], *policies[:first]):
+    work = list(_work(policies, len(items), options.batch_size))
+    for _, numbers in work:
+        inputs, _ = _prepare(options, loaded, items, numbers)
+        if inputs is not None:
+            for policy in policies:  # warm-up
+                _measure(options, loaded, policy, inputs)
+            for policy in policies:
+                if policy.file is not None and not options.resume:
+                    policy.file.truncate(0)
+            break
+    with report.progress(len(items), len(_answered(policies))) as advance:
+        for batch, (asked, numbers) in enumerate(work):
+            inputs, broken = _prepare(options, loaded, items, numbers)
+            failed |= broken
+            good = [number for number in numbers if number not in broken]
+            for repeat in range(options.repeat if good else 0):
+                first = (batch + repeat) % len(asked)
+                for policy in (*asked[first:], *asked[:first]):
                     measured = _measure(options, loaded, policy, inputs)
-                    policy.times.append(measured.times.per_question(len(batch)))
+                    policy.times.append(measured.times.per_question(len(good)))
                     if repeat == 0:
-                        _record(loaded, policy, batch, measured)
-            advance(len(batch))
+                        _record(loaded, policy, items, good, measured)
+            advance(len(numbers))
+    for policy in policies:
+        if options.resume and policy.file is not None:
+            policy.file.close()  # Windows replaces no open file
+            answer_files.put_in_order(Path(policy.file.name), list(policy.answers))
+
+
+def _work(
+    policies: Sequence[_Policy], questions: int, size: int
+) -> Iterator[tuple[list[_Policy], list[int]]]:
+    """Batches of questions, by number, and which policies have not answered them."""
+
+    def lacking(number: int) -> list[_Policy]:
+        return [policy for policy in policies if number not in policy.answers]
+
+    for asked, numbers in groupby(range(questions), key=lacking):
+        if asked:
+            for batch in batches(list(numbers), size):
+                yield asked, batch
+
+
+def _prepare(
+    options: CompareOptions, loaded: Loaded, items: list[Item], numbers: list[int]
+) -> tuple[Any, dict[int, str]]:
+    """Inputs of those questions whose pictures can be read, and what is wrong with the others."""
+    batch = [items[number] for number in numbers]
+    inputs, failed = prepare_readable(loaded, batch, strict=options.strict)
+    return inputs, {numbers[place]: error for place, error in failed.items()}
 
 
 def _measure(options: CompareOptions, loaded: Loaded, policy: _Policy, inputs: Any) -> Measurement:
@@ -216,28 +318,37 @@ def _measure(options: CompareOptions, loaded: Loaded, policy: _Policy, inputs: A
     )
 
 
-def _record(loaded: Loaded, policy: _Policy, batch: list[Item], measured: Measurement) -> None:
-    """Keeps a batch of answers and writes them in the format of LLaVA's evaluation scripts."""
-    for answer in decoded(loaded, batch, measured):
-        policy.answers.append(answer)
+def _record(
+    loaded: Loaded,
+    policy: _Policy,
+    items: list[Item],
+    numbers: list[int],
+    measured: Measurement,
+) -> None:
+    """Keeps a batch of answers and writes them."""
+    batch = [items[number] for number in numbers]
+    for number, answer in zip(numbers, decoded(loaded, batch, measured), strict=True):
+        policy.answers[number] = answer
         if policy.file is not None:
-            record = {
-                "question_id": answer.item.question_id,
-                "prompt": answer.item.text,
-                "text": answer.text,
-                "answer_id": uuid.uuid4().hex,
-                "model_id": f"{loaded.name}-{policy.slug}",
-                "metadata": {"visual_tokens": answer.visual_tokens},
-            }
-            policy.file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
-def _is_video(answer: Answer) -> bool:
-    return answer.item.modality == "video"
+            policy.file.write(answer_files.line(answer, policy.origin))
 
 
 def _dtype_name(loaded: Loaded) -> str:
     return str(loaded.dtype).removeprefix("torch.")
+
+
+def _settings(options: CompareOptions, loaded: Loaded, backend: str) -> dict[str, Any]:
+    return {
+        "dtype": _dtype_name(loaded),
+        "bits": options.bits,
+        "conv_template": options.conv_template,
+        "image_aspect_ratio": options.image_aspect_ratio,
+        "frames": options.frames if "video" in loaded.adapter.pixels else None,
+        "backend": backend,
+        "batch_size": options.batch_size,
+        "max_new_tokens": options.max_new_tokens,
+        "repeat": options.repeat,
+    }
 
 
 def _as_json(
@@ -246,23 +357,14 @@ def _as_json(
     backend: str,
     policies: list[_Policy],
     results: dict[str, dict[str, Any]],
+    answers: Sequence[Sequence[Answer]],
 ) -> dict[str, Any]:
     return {
         "model": loaded.name,
-        "settings": {
-            "dtype": _dtype_name(loaded),
-            "bits": options.bits,
-            "conv_template": options.conv_template,
-            "image_aspect_ratio": options.image_aspect_ratio,
-            "backend": backend,
-            "frames": options.frames if any(map(_is_video, policies[0].answers)) else None,
-            "batch_size": options.batch_size,
-            "max_new_tokens": options.max_new_tokens,
-            "repeat": options.repeat,
-        },
+        "settings": _settings(options, loaded, backend),
         "parameters": loaded.model.num_parameters(),
         "weight_bytes": loaded.model.get_memory_footprint(),
-        "questions": len(policies[0].answers),
+        "questions": len(answers[0]),
         "results": {
             policy.name: {
                 "config": None if policy.config is None else asdict(policy.config),
@@ -280,7 +382,7 @@ def _as_json(
                 "category": said[0].item.category,
                 "answers": {p.name: a.text for p, a in zip(policies, said, strict=True)},
             }
-            for said in zip(*(policy.answers for policy in policies), strict=True)
+            for said in zip(*answers, strict=True)
         ],
         **provenance(options.command, loaded.device),
     }

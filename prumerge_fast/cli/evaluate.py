@@ -14,6 +14,7 @@ from prumerge_fast.errors import InputError
 from prumerge_fast.evaluation import metrics, stored
 from prumerge_fast.evaluation.run import OVERALL, EvaluationOptions
 from prumerge_fast.evaluation.run import run as evaluate
+from prumerge_fast.harness.answers import failures_line
 from prumerge_fast.harness.files import write_whole
 
 
@@ -21,7 +22,8 @@ def run(options: EvaluationOptions) -> None:
     """Runs the command.
 
     Raises:
-        InputError: Something given cannot be used. Answers written until then stay.
+        InputError: Something given cannot be used, or, at the end, some pictures could not. Answers
+            written until then stay.
     """
     result = evaluate(options, report.progress)
     if options.as_json:
@@ -29,8 +31,12 @@ def run(options: EvaluationOptions) -> None:
     else:
         for table in _tables(result):
             report.console().print(table)
+        for remark in report.remarks(result):
+            report.console().print(remark, soft_wrap=True)
     if options.output is not None:
         _write(options.output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    if result["failed"]:
+        raise InputError(failures_line(result["pictures"], result["failed"]))
 
 
 def _write(output: Path, text: str) -> None:

@@ -170,6 +170,8 @@ def render(
         slugs=report.SLUGS,
         tiles=_tiles(run["results"]),
         rows=report.comparison_rows(run["results"]),
+        earlier=run.get("answered_by_earlier_runs", 0),
+        failed=run.get("failed", []),
         bars=_bars(run["results"]),
         plot=chart(curves or _own_points(run["results"])),
         measure=_measure(run["results"])[1],
@@ -206,7 +208,8 @@ def _tiles(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         is_plain = row is plain
         tokens, total = row["visual_tokens"]["mean"], row["milliseconds"]["total"]
         share = tokens / plain["visual_tokens"]["mean"]
-        time = total / plain["milliseconds"]["total"]
+        plain_total = plain["milliseconds"]["total"]
+        times_as_long = f"{total / plain_total:.2f} ×" if total and plain_total else ""
         cache = row["kv_cache_bytes"] / plain["kv_cache_bytes"]
         points = 100 * (row[key] - plain[key])
         tiles.append(
@@ -216,7 +219,9 @@ def _tiles(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "share": "" if is_plain else f"{share:.0%} of LLaVA’s",
                 "figures": {
                     "whole answer": figure(
-                        _milliseconds(total), "ms", "" if is_plain else f"{time:.2f} ×"
+                        _milliseconds(total) if total else "–",
+                        "ms" if total else "",
+                        "" if is_plain else times_as_long,
                     ),
                     "KV cache": figure(
                         f"{row['kv_cache_bytes'] / 1024:,.0f}",
@@ -241,6 +246,8 @@ def _bars(results: dict[str, Any]) -> list[dict[str, Any]]:
     for policy, row in results.items():
         times = {stage: row["milliseconds"][stage] or 0.0 for stage in names}
         total = row["milliseconds"]["total"]
+        if total is None:  # all its answers were on file
+            continue
         rest = max(total - sum(times.values()), 0.0)
         parts = [
             {"label": report.STAGES[stage], "ms": times[stage], "shade": 100 - 72 * n // len(names)}
@@ -249,7 +256,7 @@ def _bars(results: dict[str, Any]) -> list[dict[str, Any]]:
         ]
         parts.append({"label": "rest of generate()", "ms": rest, "shade": 12})
         bars.append({"policy": policy, "total": total, "parts": parts})
-    longest = max(sum(part["ms"] for part in bar["parts"]) for bar in bars)
+    longest = max((sum(part["ms"] for part in bar["parts"]) for bar in bars), default=0.0)
     for bar in bars:
         for part in bar["parts"]:
             part["width"] = round(100 * part["ms"] / longest, 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from rich.table import Table
 
 from prumerge_fast.harness.answers import STAGES, Answer
 
+MOST_ERRORS_SHOWN = 12
 SLUGS = {"LLaVA": "llava", "PruMerge": "prumerge", "PruMerge+": "prumerge-plus"}
 
 
@@ -68,7 +69,26 @@ def comparison_table(results: dict[str, dict[str, Any]]) -> Table:
     return table
 
 
-def answers_table(answers: dict[str, list[Answer]]) -> Table:
+def remarks(result: Mapping[str, Any]) -> list[str]:
+    """What has to be said of a comparison beside its figures; nothing of most."""
+    said = []
+    earlier = result.get("answered_by_earlier_runs", 0)
+    if earlier:
+        said.append(
+            f"{earlier} of {result['questions']} questions were answered by an earlier run: times "
+            "are of the others, tokens, memory and answers of all."
+        )
+    failed = result.get("failed", [])
+    if failed:
+        said.append(f"Questions left out: {len(failed)}, whose pictures could not be read:")
+        errors = list(dict.fromkeys(entry["error"] for entry in failed))
+        said += [f"  {error}" for error in errors[:MOST_ERRORS_SHOWN]]
+        if len(errors) > MOST_ERRORS_SHOWN:
+            said.append(f"  and {len(errors) - MOST_ERRORS_SHOWN} more, which --json names")
+    return said
+
+
+def answers_table(answers: Mapping[str, Sequence[Answer]]) -> Table:
     """Every question with what each policy answered."""
     table = Table(title="Answers", title_justify="left", show_lines=True)
     asked = {answer.item.modality for answer in next(iter(answers.values()))}
@@ -94,6 +114,11 @@ def console() -> Console:
 def messages() -> Console:
     """Standard error, for progress and remarks."""
     return Console(stderr=True)
+
+
+def remark(text: str) -> None:
+    """Writes a line to standard error; names of files are no markup."""
+    messages().print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

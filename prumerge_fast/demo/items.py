@@ -8,7 +8,8 @@ from PIL import Image
 
 from prumerge_fast.demo.scenes import benchmark, make_scene
 from prumerge_fast.errors import InputError
-from prumerge_fast.harness.inputs import Item, read_image
+from prumerge_fast.harness.inputs import Item
+from prumerge_fast.harness.pictures import read_image
 
 DEMO_PREFIX = "demo:"
 MOST_SCENES = 100_000  # drawing up the questions takes a minute then, and asking them hours

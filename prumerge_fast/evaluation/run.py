@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,10 @@ from prumerge_fast.evaluation.policies import (
     policies,
 )
 from prumerge_fast.families.base import ImageTokens
+from prumerge_fast.harness.answers import failures, failures_line
 from prumerge_fast.harness.inputs import Item, items_from_jsonl
 from prumerge_fast.harness.models import Loaded, load
-from prumerge_fast.harness.prompts import check_modalities, pictures_of, prepare
+from prumerge_fast.harness.prompts import check_modalities, pictures_of, prepare_readable
 from prumerge_fast.harness.provenance import provenance
 from prumerge_fast.patching.encoder_output import PrunedFeatures
 from prumerge_fast.patching.patch import patched
@@ -64,6 +65,7 @@ class EvaluationOptions:
     device: str
     batch_size: int
     max_new_tokens: int
+    strict: bool
     as_json: bool
 
 
@@ -76,12 +78,14 @@ class Answers:
         tokens: By policy.
         given: The times of the first and of the last batch.
         earlier: How many questions an earlier run has answered.
+        failed: What is wrong with the pictures of questions that have no column, by number.
     """
 
     texts: dict[str, list[str]]
     tokens: dict[str, list[int]]
     given: tuple[str, str]
     earlier: int
+    failed: dict[int, str] = field(default_factory=dict)
 
 
 Track = Callable[[int, int], AbstractContextManager[Callable[[int], None]]]
@@ -99,7 +103,7 @@ def run(options: EvaluationOptions, track: Track) -> dict[str, Any]:
         What `--output` and `--json` hold.
 
     Raises:
-        InputError: Something given cannot be used. Answers written until then stay.
+        InputError: Something given cannot be used, or no picture. Answers written until then stay.
     """
     items = _items(options)
     images = _images(options, items)
@@ -118,6 +122,11 @@ def run(options: EvaluationOptions, track: Track) -> dict[str, Any]:
         raise InputError(f"--{error}") from None
     header = {} if options.output is None else _header(options, loaded, items, images)
     answers = answer_all(options, loaded, items, chosen, header, track)
+    failed = failures(items, answers.failed)
+    pictures = len({item.image for item in items})
+    if len(failed) == len(items):
+        raise InputError(failures_line(pictures, failed))
+    items = [item for number, item in enumerate(items) if number not in answers.failed]
     return {
         "model": loaded.name,
         "settings": _settings(options, loaded),
@@ -126,6 +135,8 @@ def run(options: EvaluationOptions, track: Track) -> dict[str, Any]:
             "last": answers.given[1],
             "by_earlier_runs": answers.earlier,
         },
+        "pictures": pictures,
+        "failed": failed,
         **score(items, chosen, answers),
         **provenance(options.command, loaded.device),
     }
@@ -248,7 +259,7 @@ def answer_all(
         for number, batch in enumerate(batches):
             if number in done:
                 continue
-            said = answer_batch(loaded, batch, chosen, options.max_new_tokens)
+            said = answer_batch(loaded, batch, chosen, options.max_new_tokens, options.strict)
             done[number] = {"batch": number, "date": stored.now(), **said}
             if path is not None:
                 stored.append(path, done[number])
@@ -260,16 +271,34 @@ def answer_all(
         }
         for field in ("texts", "tokens")
     )
+    failed = {
+        size * n + place: error for n in range(len(batches)) for place, error in done[n]["failed"]
+    }
     dates = sorted(batch["date"] for batch in done.values())
-    return Answers(texts, tokens, (dates[0], dates[-1]), earlier)
+    return Answers(texts, tokens, (dates[0], dates[-1]), earlier, failed)
 
 
 @torch.inference_mode()
 def answer_batch(
-    loaded: Loaded, batch: Sequence[Item], chosen: Sequence[Policy], max_new_tokens: int
+    loaded: Loaded,
+    batch: Sequence[Item],
+    chosen: Sequence[Policy],
+    max_new_tokens: int,
+    strict: bool = False,
 ) -> dict[str, Any]:
-    """`texts` and `tokens` by policy. The vision tower runs once; policies share its features."""
-    inputs = prepare(loaded, batch)
+    """`texts` and `tokens` by policy, and `failed`: places of unusable pictures, with the errors.
+
+    The vision tower runs once; policies share its features.
+
+    Raises:
+        PictureError: A picture cannot be used, and that is to end the run (`strict`).
+    """
+    inputs, broken = prepare_readable(loaded, batch, strict=strict)
+    failed = [[place, error] for place, error in broken.items()]
+    batch = [item for place, item in enumerate(batch) if place not in broken]
+    if not batch:
+        nothing: dict[str, list[Any]] = {policy.name: [] for policy in chosen}
+        return {"texts": nothing, "tokens": nothing, "failed": failed}
     pictures = pictures_of(loaded, inputs)
     prompts = {name: value for name, value in inputs.items() if not _is_picture(loaded, name)}
     once = loaded.adapter.reading_once()
@@ -292,7 +321,7 @@ def answer_batch(
         ids = generate(loaded, prompts, encoded, max_new_tokens)
         decoded = loaded.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
         texts[policy.name] = [text.strip() for text in decoded]
-    return {"texts": texts, "tokens": tokens}
+    return {"texts": texts, "tokens": tokens, "failed": failed}
 
 
 def _is_picture(loaded: Loaded, name: str) -> bool:

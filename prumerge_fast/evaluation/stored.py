@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prumerge_fast.errors import InputError
+from prumerge_fast.harness.provenance import differences
 
 _FORMAT = {"format": "prumerge-fast evaluate, answers 2"}
 _START = json.dumps(_FORMAT)[:-1]  # of every file's first line
@@ -55,7 +56,10 @@ def resumed(
             f"--output: expected a writable file with answers of an earlier run or none beside it, "
             f"got {path} ({error})"
         ) from None
-    different = _differences(found, header)
+    is_header = isinstance(found, dict)
+    different = (
+        differences(found, header) if is_header else f"{type(found).__name__} for its header"
+    )
     if different:
         raise InputError(
             f"--output: expected answers of a run with these settings, got {path} with "
@@ -70,7 +74,8 @@ def resumed(
                 f"--output: expected whole answers of an earlier run, got {path}:{number} "
                 f"({error}); remove that line to have its questions asked again"
             ) from None
-        done.setdefault(batch["batch"], batch)  # two runs at once ask a batch twice
+        if not batch["failed"]:  # broken pictures are tried again, with their batch
+            done.setdefault(batch["batch"], batch)  # two runs at once ask a batch twice
     if whole != content:  # an interrupted last line is asked again
         try:
             os.truncate(path, len(whole))  # writes nothing, so a full disk loses nothing
@@ -97,17 +102,6 @@ def append(path: Path, batch: dict[str, Any]) -> None:
         ) from None
 
 
-def _differences(found: Any, header: dict[str, Any]) -> str:
-    """Where a file's header is another, key by key; empty where it is the same."""
-    if not isinstance(found, dict):
-        return f"{type(found).__name__} for its header"
-    return ", ".join(
-        f"{key} {json.dumps(found.get(key))} instead of {json.dumps(header.get(key))}"
-        for key in {**header, **found}
-        if found.get(key) != header.get(key)
-    )
-
-
 def _checked(line: str, names: Sequence[str], sizes: Sequence[int]) -> dict[str, Any]:
     """A batch as it stands in a line; ValueError says what it lacks."""
     batch = json.loads(line)
@@ -117,11 +111,15 @@ def _checked(line: str, names: Sequence[str], sizes: Sequence[int]) -> dict[str,
     if type(number) is not int or not 0 <= number < len(sizes):
         raise ValueError(f"expected a batch from 0 to {len(sizes) - 1}, got {number!r}")
     datetime.datetime.fromisoformat(str(batch.get("date")))
+    failed = batch.setdefault("failed", [])
+    if not isinstance(failed, list) or len(failed) > sizes[number]:
+        raise ValueError(f"expected a list of failures, got {failed!r}")
+    size = sizes[number] - len(failed)
     for field, kind in (("texts", str), ("tokens", int)):
         entries = batch.get(field)
         if not isinstance(entries, dict) or entries.keys() != set(names):
             raise ValueError(f"expected {field} of each policy")
         for name, column in entries.items():
-            if not isinstance(column, list) or [type(e) for e in column] != [kind] * sizes[number]:
-                raise ValueError(f"expected {sizes[number]} {field} of {name}")
+            if not isinstance(column, list) or [type(e) for e in column] != [kind] * size:
+                raise ValueError(f"expected {size} {field} of {name}")
     return batch

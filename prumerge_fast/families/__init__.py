@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from prumerge_fast.errors import UnsupportedModelError
 from prumerge_fast.families.base import BaseAdapter
+from prumerge_fast.towers.wrappers import PARALLEL_WRAPPERS
 
 
 class Family(NamedTuple):
@@ -72,6 +73,12 @@ def adapter_for_class(model_class: type) -> BaseAdapter:
                 f"model: {cls.__name__} cannot be pruned: its {_WITHOUT_CLASS_TOKEN[cls.__name__]} "
                 "vision tower has no class token, whose attention PruMerge ranks patches by"
             )
+    wrapper = next((cls for cls in model_class.__mro__ if cls.__name__ in PARALLEL_WRAPPERS), None)
+    if wrapper is not None:
+        raise UnsupportedModelError(
+            f"model: expected a model, got a {wrapper.__name__} around one; patch its `module`, or "
+            "the model before it is wrapped"
+        )
     supported = ", ".join(f"{name} ({family.title})" for name, family in FAMILIES.items())
     raise UnsupportedModelError(
         f"model: expected a supported model, got {model_class.__name__}; supported: {supported}"

@@ -14,6 +14,7 @@ from torch import Tensor
 from prumerge_fast.reduction.config import PruMergeConfig
 from prumerge_fast.reduction.dispatch import prune_merge
 from prumerge_fast.reduction.output import MergedTokens
+from prumerge_fast.towers.wrappers import unwrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +59,7 @@ Override = Callable[[Any, Any, Callable[..., Any], tuple[Any, ...], dict[str, An
 
 def inner_model(model: Any) -> Any:
     """The part of a model of transformers that ends in hidden states; of that part, itself."""
-    return getattr(model, "model", model)
+    return unwrapped(getattr(model, "model", model))
 
 
 class BaseAdapter(ABC):

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from prumerge_fast.families import adapter_for
-from prumerge_fast.towers.wrappers import without_peft
+from prumerge_fast.towers.wrappers import unwrapped
 
 
 def encode(model: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -25,5 +25,5 @@ def encode(model: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         UnsupportedModelError: No family is known for `model`, or it is configured in a way that
             PruMerge does not work with.
     """
-    model = without_peft(model)
+    model = unwrapped(model)
     return adapter_for(model).query_keys_hidden(model, {"pixel_values": pixel_values})

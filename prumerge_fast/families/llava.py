@@ -15,8 +15,13 @@ from prumerge_fast.errors import UnsupportedModelError
 from prumerge_fast.families.base import Adapter, ImageTokens, Views, inner_model
 from prumerge_fast.reduction.config import PruMergeConfig
 from prumerge_fast.reduction.output import MergedTokens
+from prumerge_fast.reduction.padding import within_budget
 from prumerge_fast.towers.clip import check_tower, num_patches, query_keys_hidden, reading_layer
+from prumerge_fast.towers.wrappers import PARALLEL_WRAPPERS, class_names
 from prumerge_fast.versions import configured_feature_layer
+
+IMAGES_AND_VIDEOS = {"image": "pixel_values", "video": "pixel_values_videos"}
+"""`Adapter.pixels` of the families that take videos."""
 
 
 class LlavaAdapter(Adapter):
@@ -27,6 +32,7 @@ class LlavaAdapter(Adapter):
         "vision_feature_layer",
         "vision_feature_select_strategy",
         "image_sizes",
+        "interpolate_pos_encoding",
         "mm_encoder_outputs",
     )
 
@@ -34,6 +40,12 @@ class LlavaAdapter(Adapter):
         return inner_model(model).vision_tower
 
     def check(self, model: Any) -> None:
+        parallel = PARALLEL_WRAPPERS & class_names(inner_model(model))
+        if parallel:
+            raise UnsupportedModelError(
+                f"model: expected its inner model by itself, got a {min(parallel)} around it; "
+                "patch before it is wrapped"
+            )
         for modality in self.pixels:
             tower = self.tower(model, modality)
             check_tower(tower)
@@ -67,7 +79,12 @@ class LlavaAdapter(Adapter):
         layer = images.get("vision_feature_layer")
         if layer is None:
             layer = configured_feature_layer(model.config)
-        return query_keys_hidden(self.tower(model, modality), pixel_values, layer)
+        return query_keys_hidden(
+            self.tower(model, modality),
+            pixel_values,
+            layer,
+            interpolate_pos_encoding=bool(images.get("interpolate_pos_encoding")),
+        )
 
     def encode(
         self, model: Any, images: Mapping[str, Any], config: PruMergeConfig, backend: str
@@ -95,15 +112,39 @@ class LlavaAdapter(Adapter):
         config: PruMergeConfig,
         backend: str,
     ) -> ImageTokens:
-        """Encode, prune, merge and project the images or the videos."""
-        if images.get("image_sizes") is not None:
-            raise ValueError("image_sizes: expected None, CLIP towers take images of one size")
-        query, keys, hidden = self.query_keys_hidden(model, images)
-        merged = self.reduce(query, keys, hidden, config, backend=backend)
+        """Encode, prune, merge and project images or videos, one pruning an image or a frame."""
+        pixels = images[self.pixels[modality]]
+        if modality == "image":
+            if images.get("image_sizes") is not None:
+                raise ValueError("image_sizes: expected None, CLIP towers take images of one size")
+            pictures = stacked(pixels)  # [B, 3, H, W]
+            count = len(pictures)
+        else:
+            pictures, count = video_frames(pixels), len(pixels)  # [V * F, 3, H, W]
+        inputs = self.read(model, modality, pictures, images)
+        merged = self.merge(modality, *inputs, config, backend)
         tokens, _ = merged.packed()  # [sum of lengths, C]
         features = inner_model(model).multi_modal_projector(tokens)  # [sum of lengths, D]
-        placeholders = [self.num_patches(model)] * len(merged)
-        return ImageTokens(features, merged.lengths.tolist(), placeholders)
+        lengths = merged.lengths.view(count, -1).sum(1).tolist()
+        each = self.placeholders(modality, inputs[1].shape[1] - 1) * (len(pictures) // count)
+        return ImageTokens(features, lengths, [each] * count)
+
+    def merge(
+        self,
+        modality: str,
+        query: Tensor,
+        keys: Tensor,
+        hidden: Tensor,
+        config: PruMergeConfig,
+        backend: str,
+    ) -> MergedTokens:
+        """`prune_merge` of what `read` returned; of fewer patches than `keep`, all are kept."""
+        config = within_budget(config, keys.shape[1] - 1)
+        return self.reduce(query, keys, hidden, config, backend=backend)
+
+    def placeholders(self, modality: str, patches: int) -> int:
+        """Placeholders in the caller's prompt of an image or a frame with so many patches."""
+        return patches
 
     def views(self, model: Any, modality: str, images: Mapping[str, Any]) -> Views:
         given = images[self.pixels[modality]]
@@ -134,17 +175,6 @@ def video_frames(pixel_values: Any) -> Tensor:
             f"pixel_values_videos: expected a batch [V, frames, 3, height, width], got {got}"
         )
     return pixel_values.flatten(0, 1)
-
-
-def project_videos(
-    model: Any, merged: MergedTokens, videos: Tensor, placeholders: int
-) -> ImageTokens:
-    """Tokens of videos [V, F, 3, H, W] from those of their frames, `placeholders` a frame."""
-    tokens, _ = merged.packed()  # [sum of lengths, C]
-    features = inner_model(model).multi_modal_projector(tokens)  # [sum of lengths, D]
-    count, frames = videos.shape[:2]
-    lengths = merged.lengths.view(count, frames).sum(1).tolist()
-    return ImageTokens(features, lengths, [frames * placeholders] * count)
 
 
 def _has_pixels(images: Mapping[str, Any], argument: str) -> bool:

@@ -39,6 +39,18 @@ class _Rows(NamedTuple):
 class LlavaNextAdapter(LlavaAdapter):
     """As LLaVA, with `image_newline`."""
 
+    def read(
+        self, model: Any, modality: str, pixel_values: Tensor, images: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        side = model.config.vision_config.image_size
+        if images.get("interpolate_pos_encoding") and pixel_values.shape[-2:] != (side, side):
+            raise ValueError(
+                f"interpolate_pos_encoding: expected crops and frames of {side} x {side} pixels, "
+                "whose patches the model lays out in grids of that size, got "
+                + " x ".join(map(str, pixel_values.shape[-2:]))
+            )
+        return super().read(model, modality, pixel_values, images)
+
     def query_keys_hidden(
         self, model: Any, images: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,6 +67,8 @@ class LlavaNextAdapter(LlavaAdapter):
         config: PruMergeConfig,
         backend: str,
     ) -> ImageTokens:
+        if modality != "image":
+            return super().encode_pixels(model, modality, images, config, backend)
         sizes = images.get("image_sizes")
         counts = _crop_counts(model, sizes)
         crops = _crops(images["pixel_values"], counts)  # [K, 3, H, W]

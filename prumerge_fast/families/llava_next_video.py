@@ -8,42 +8,24 @@ keys pooled.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from prumerge_fast.families.base import ImageTokens, inner_model
-from prumerge_fast.families.llava import project_videos, video_frames
+from prumerge_fast.families.base import inner_model
+from prumerge_fast.families.llava import IMAGES_AND_VIDEOS
 from prumerge_fast.families.llava_next import LlavaNextAdapter
-from prumerge_fast.reduction.config import PruMergeConfig
-from prumerge_fast.reduction.padding import within_budget
 
 
 class LlavaNextVideoAdapter(LlavaNextAdapter):
     """As LLaVA-NeXT, with `vision_resampler` for videos."""
 
+    pixels = IMAGES_AND_VIDEOS
     image_arguments = (*LlavaNextAdapter.image_arguments, "pixel_values_videos")
-    pixels: ClassVar[dict[str, str]] = {"image": "pixel_values", "video": "pixel_values_videos"}
 
     def pooling(self, model: Any) -> Any:
         return inner_model(model).vision_resampler
-
-    def encode_pixels(
-        self,
-        model: Any,
-        modality: str,
-        images: Mapping[str, Any],
-        config: PruMergeConfig,
-        backend: str,
-    ) -> ImageTokens:
-        if modality == "image":
-            return super().encode_pixels(model, modality, images, config, backend)
-        videos = images["pixel_values_videos"]
-        query, keys, hidden = self.read(model, "video", video_frames(videos), images)
-        pooled = hidden.shape[1] - 1
-        merged = self.reduce(query, keys, hidden, within_budget(config, pooled), backend=backend)
-        return project_videos(model, merged, videos, pooled)
 
     def read(
         self, model: Any, modality: str, pixel_values: Tensor, images: Mapping[str, Any]

@@ -6,28 +6,25 @@ A video is pruned frame by frame. The model reads each frame's class token, firs
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from prumerge_fast.families.base import ImageTokens, inner_model
-from prumerge_fast.families.llava import LlavaAdapter, project_videos, video_frames
-from prumerge_fast.reduction.config import PruMergeConfig
+from prumerge_fast.families.base import inner_model
+from prumerge_fast.families.llava import IMAGES_AND_VIDEOS, LlavaAdapter
+from prumerge_fast.reduction.output import MergedTokens
 
 
 class VideoLlavaAdapter(LlavaAdapter):
     """`image_tower` and `video_tower` in place of `vision_tower`."""
 
+    pixels = IMAGES_AND_VIDEOS
     image_arguments = (
-        "pixel_values",
+        *LlavaAdapter.image_arguments,
         "pixel_values_images",
         "pixel_values_videos",
-        "vision_feature_layer",
-        "vision_feature_select_strategy",
-        "mm_encoder_outputs",
     )
-    pixels: ClassVar[dict[str, str]] = {"image": "pixel_values", "video": "pixel_values_videos"}
 
     def tower(self, model: Any, modality: str) -> Any:
         return getattr(inner_model(model), f"{modality}_tower")
@@ -41,25 +38,20 @@ class VideoLlavaAdapter(LlavaAdapter):
             raise ValueError("pixel_values and pixel_values_images: expected one of them, got both")
         return {**images, "pixel_values": named_as_in_4}
 
-    def encode_pixels(
-        self,
-        model: Any,
-        modality: str,
-        images: Mapping[str, Any],
-        config: PruMergeConfig,
-        backend: str,
-    ) -> ImageTokens:
+    def merge(
+        self, modality: str, query: Tensor, keys: Tensor, hidden: Tensor, *options: Any
+    ) -> MergedTokens:
+        merged = super().merge(modality, query, keys, hidden, *options)
         if modality == "image":
-            return super().encode_pixels(model, modality, images, config, backend)
-        videos = images["pixel_values_videos"]
-        query, keys, hidden = self.read(model, "video", video_frames(videos), images)
-        merged = self.reduce(query, keys, hidden, config, backend=backend)
-        with_class = dataclasses.replace(
+            return merged
+        return dataclasses.replace(
             merged,
             tokens=torch.cat((hidden[:, :1], merged.tokens), 1),  # [V * F, 1 + capacity, C]
             lengths=merged.lengths + 1,
         )
-        return project_videos(model, with_class, videos, hidden.shape[1])
+
+    def placeholders(self, modality: str, patches: int) -> int:
+        return patches if modality == "image" else 1 + patches
 
 
 ADAPTER = VideoLlavaAdapter()

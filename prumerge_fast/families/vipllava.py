@@ -17,12 +17,7 @@ from prumerge_fast.families.llava import LlavaAdapter
 class VipLlavaAdapter(LlavaAdapter):
     """As LLaVA, but for the name of the argument that chooses layers in transformers 4."""
 
-    image_arguments = (
-        "pixel_values",
-        "vision_feature_layer",
-        "vision_feature_layers",
-        "mm_encoder_outputs",
-    )
+    image_arguments = (*LlavaAdapter.image_arguments, "vision_feature_layers")
 
     def read(
         self, model: Any, modality: str, pixel_values: Tensor, images: Mapping[str, Any]

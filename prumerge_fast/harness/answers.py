@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -46,15 +46,16 @@ def summarise(
     """One policy's row of results.
 
     Args:
-        answers: To all questions.
-        times: Seconds per question, one entry for each timed batch.
+        answers: To all questions, one at least.
+        times: Seconds per question, one entry for each timed batch; none where all answers were on
+            file.
         baseline: The unpruned model's answers, in the same order.
 
     Returns:
         `visual_tokens` (mean, min, max of an image), `milliseconds` (median per question, by
-        stage; `None` for a stage that does not exist), `kv_cache_bytes` (mean per question),
-        `agreement` with the baseline and `accuracy` (overall and by category; `None` and empty
-        where no answers are known), both as shares of 1 after `normalise`.
+        stage; `None` for a stage that does not exist or was not timed), `kv_cache_bytes` (mean per
+        question), `agreement` with the baseline and `accuracy` (overall and by category; `None`
+        and empty where no answers are known), both as shares of 1 after `normalise`.
     """
     tokens = [answer.visual_tokens for answer in answers]
     agreeing = [
@@ -85,4 +86,26 @@ def summarise(
 
 def _median_ms(times: Sequence[StageTimes], stage: str) -> float | None:
     seconds = [asdict(entry)[stage] for entry in times]
-    return None if None in seconds else 1000 * statistics.median(seconds)
+    return None if None in seconds or not seconds else 1000 * statistics.median(seconds)
+
+
+def failures(items: Sequence[Item], failed: Mapping[int, str]) -> list[dict[str, Any]]:
+    """The questions that were not asked, as results hold them.
+
+    Args:
+        items: All questions.
+        failed: What is wrong with the pictures of some, by number.
+    """
+    return [
+        {"question_id": items[number].question_id, "image": items[number].image, "error": error}
+        for number, error in sorted(failed.items())
+    ]
+
+
+def failures_line(pictures: int, failed: Sequence[Mapping[str, Any]]) -> str:
+    """How many of so many pictures could not be read, and what is wrong with the first."""
+    broken = len({entry["image"] for entry in failed})
+    count = f"{broken} of {pictures}" if broken < pictures else f"none of the {pictures}"
+    verb = "could not be read" if broken < pictures else "could be read"
+    more = f"; and {broken - 1} more" if broken > 1 else ""
+    return f"{count} pictures {verb}: {failed[0]['error']}{more}"

@@ -9,16 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
 from prumerge_fast.errors import InputError
 from prumerge_fast.harness.options import DEFAULT_FRAMES
-from prumerge_fast.harness.videos import VIDEO_SUFFIXES, read_video
+from prumerge_fast.harness.pictures import read_image
+from prumerge_fast.harness.videos import read_video
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 IMAGE_TOKEN = "<image>"  # where the image goes in a prompt, as LLaVA writes it
 VIDEO_TOKEN = "<video>"
-_SUFFIXES = {"image": IMAGE_SUFFIXES, "video": VIDEO_SUFFIXES}
 
 
 @dataclass(frozen=True)
@@ -28,7 +25,8 @@ class Item:
     Args:
         question_id: As in the question file; else the number of the question, from 0.
         image: The name of the image or video.
-        load: Reads the image, as RGB; of a video its frames [F, height, width, 3].
+        load: Reads the image, as RGB; of a video its frames [F, height, width, 3]. Raises
+            PictureError.
         text: The question, or a whole prompt where `verbatim`.
         expected: The right answer, where it is known.
         category: The kind of question, where the question file has one.
@@ -46,69 +44,16 @@ class Item:
     modality: str = "image"
 
 
-def read_image(path: Path) -> Image.Image:
-    """The image in a file, as RGB.
-
-    Raises:
-        InputError: There is no such file, or it is no image that can be decoded, or one of 16 or 32
-            bits a channel.
-    """
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):  # Pillow would cut values off, not scale them
-                raise InputError(
-                    f"image: expected 8 bits a channel, got {path} (Pillow's mode {image.mode})"
-                )
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise InputError(f"image: expected an existing file, got {path}") from None
-    except UnidentifiedImageError:
-        raise InputError(f"image: expected an image file, got {path} (unknown format)") from None
-    # Pillow's decoders raise the first two for data that ends early or is garbled.
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"image: expected a readable image, got {path} ({error})") from None
-
-
-def find_images(paths: Iterable[Path], modality: str = "image") -> list[Path]:
-    """The files themselves and, for each folder, its images (or videos) by name.
-
-    Hidden files are skipped in folders, and with them the side files of operating systems.
-
-    Raises:
-        InputError: A path does not exist, or a folder holds none.
-    """
-    option, suffixes = f"--{modality}s", _SUFFIXES[modality]
-    found: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            inside = sorted(
-                p
-                for p in path.iterdir()
-                if p.suffix.lower() in suffixes and p.is_file() and not p.name.startswith(".")
-            )
-            if not inside:
-                raise InputError(
-                    f"{option}: expected a folder with {modality}s ({', '.join(suffixes)}), "
-                    f"got {path}, which holds none"
-                )
-            found += inside
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise InputError(f"{option}: expected an existing file or folder, got {path}")
-    return found
-
-
 def items_from_images(
     paths: Iterable[Path],
     prompts: list[str],
     videos: Iterable[Path] = (),
     frames: int = DEFAULT_FRAMES,
 ) -> list[Item]:
-    """Every prompt about every image, and about so many frames of every video.
+    """Every prompt about every image file, and about so many frames of every video file.
 
     Raises:
-        InputError: A path or a prompt is unusable.
+        InputError: A prompt is unusable.
     """
     for prompt in prompts:
         _check_unicode(prompt, "--prompt")
@@ -118,8 +63,7 @@ def items_from_images(
                 f"--prompt: expected at most one {IMAGE_TOKEN} or {VIDEO_TOKEN}, got {count} "
                 f"in {prompt!r}"
             )
-    files = [(path, "image") for path in find_images(paths)]
-    files += [(path, "video") for path in find_images(videos, "video")]
+    files = [(path, "image") for path in paths] + [(path, "video") for path in videos]
     pairs = [(*file, prompt) for file in files for prompt in prompts]
     return [
         Item(

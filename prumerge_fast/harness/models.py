@@ -18,7 +18,7 @@ from prumerge_fast.harness.processors import load_processor
 from prumerge_fast.harness.quantisation import quantisation_config
 from prumerge_fast.harness.sizes import check_sizes
 from prumerge_fast.reduction.config import PruMergeConfig
-from prumerge_fast.towers.wrappers import without_peft
+from prumerge_fast.towers.wrappers import unwrapped
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ class Loaded:
 
 
 def family_of(model: Any) -> Adapter:
-    """The adapter of a model of transformers, which PEFT may wrap.
+    """The adapter of a model of transformers, wrapped or not.
 
     Raises:
         UnsupportedModelError: It is of no family that can be patched.
         TypeError: It is of the original LLaVA package.
     """
-    adapter = adapter_for(without_peft(model))
+    adapter = adapter_for(unwrapped(model))
     if not isinstance(adapter, Adapter):
         raise TypeError(f"model: expected a model of transformers, got {type(model).__name__}")
     return adapter

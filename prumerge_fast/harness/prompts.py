@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from prumerge_fast.errors import InputError
+from prumerge_fast.errors import InputError, PictureError
 from prumerge_fast.harness.inputs import IMAGE_TOKEN, VIDEO_TOKEN, Item
 from prumerge_fast.harness.models import Loaded
 from prumerge_fast.versions import takes_special_tokens_option
@@ -29,7 +29,7 @@ def prepare(loaded: Loaded, items: Sequence[Item]) -> Any:
     """Model inputs for a batch of questions, padded on the left, on the model's device.
 
     Raises:
-        InputError: An image cannot be read, or its pixels are not finite once processed.
+        PictureError: An image cannot be read, or its pixels are not finite once processed.
     """
     check_modalities(loaded, items)
     read = {kind: [item for item in items if item.modality == kind] for kind in ("image", "video")}
@@ -60,6 +60,35 @@ def check_modality(loaded: Loaded, modality: str, name: str) -> None:
             f"--videos: expected a model that takes videos, got {loaded.name}, a "
             f"{type(loaded.model).__name__}, which takes images only, and the video {name}"
         )
+
+
+def prepare_readable(
+    loaded: Loaded, items: Sequence[Item], *, strict: bool
+) -> tuple[Any, dict[int, str]]:
+    """`prepare` of the questions whose pictures can be used.
+
+    Returns:
+        The inputs, `None` where no picture can be used, and what is wrong with the pictures of the
+        others, by their place in `items`.
+
+    Raises:
+        PictureError: One cannot, and that is to end the run (`strict`).
+    """
+    try:
+        return prepare(loaded, items), {}
+    except PictureError as error:
+        if strict:
+            raise
+        if len(items) == 1:
+            return None, {0: error.says}
+    failed = {}
+    for place, item in enumerate(items):
+        try:
+            prepare(loaded, [item])
+        except PictureError as error:
+            failed[place] = error.says
+    good = [item for place, item in enumerate(items) if place not in failed]
+    return prepare(loaded, good) if good else None, failed
 
 
 def model_inputs(
@@ -113,23 +142,26 @@ def framed(loaded: Loaded, image: Image.Image) -> Image.Image:
 
     As `expand2square` in LLaVA's llava/mm_utils.py: in the middle, on the processor's mean colour.
     """
-    if loaded.image_aspect_ratio != "pad":
-        return image
-    side = max(image.size)
-    mean = loaded.processor.image_processor.image_mean
-    square = Image.new("RGB", (side, side), tuple(int(255 * channel) for channel in mean))
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
+    if loaded.image_aspect_ratio == "pad":
+        side = max(image.size)
+        mean = loaded.processor.image_processor.image_mean
+        square = Image.new("RGB", (side, side), tuple(int(255 * channel) for channel in mean))
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        image = square
+    if min(image.size) <= 3:  # transformers 4 takes a side of 1 or 3 pixels for the channels
+        image = ImageOps.scale(image, 4, Image.Resampling.NEAREST)
+    return image
 
 
 def check_pixels(pixel_values: torch.Tensor, names: Sequence[str], modality: str = "image") -> None:
-    """Raises InputError where the processed pixels [B, ...] of an image or video are not finite."""
+    """Raises PictureError where processed pixels [B, ...] of an image or video are not finite."""
     finite = pixel_values.isfinite().flatten(1).all(1).tolist()  # [B]
     for name, good in zip(names, finite, strict=True):
         if not good:
-            raise InputError(
-                f"{modality}: expected finite pixel values from the model's {modality} processor, "
-                f"got NaN or infinity for {name}"
+            raise PictureError(
+                f"expected finite pixel values from the model's {modality} processor, "
+                f"got NaN or infinity for {name}",
+                modality,
             )
 
 

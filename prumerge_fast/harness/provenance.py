@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,15 @@ def provenance(command: list[str], device: torch.device) -> dict[str, Any]:
         },
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    """Where an earlier result came about in another way, key by key; empty where in the same."""
+    return ", ".join(
+        f"{key} {json.dumps(found.get(key))} instead of {json.dumps(expected.get(key))}"
+        for key in {**expected, **found}
+        if found.get(key) != expected.get(key)
+    )
 
 
 def _processor() -> str:

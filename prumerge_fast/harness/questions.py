@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from prumerge_fast.harness.answers import Answer, summarise
 from prumerge_fast.harness.inputs import Item
@@ -12,8 +12,10 @@ from prumerge_fast.harness.prompts import prepare
 from prumerge_fast.harness.stages import Measurement, StageTimes, measure
 from prumerge_fast.reduction.config import PruMergeConfig
 
+T = TypeVar("T")
 
-def batches(items: list[Item], size: int) -> Iterator[list[Item]]:
+
+def batches(items: list[T], size: int) -> Iterator[list[T]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
 

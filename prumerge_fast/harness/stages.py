@@ -34,7 +34,7 @@ from prumerge_fast.harness.models import family_of
 from prumerge_fast.patching.patch import patched
 from prumerge_fast.reduction.config import PruMergeConfig
 from prumerge_fast.towers.clip import reading_layer
-from prumerge_fast.towers.wrappers import without_peft
+from prumerge_fast.towers.wrappers import unwrapped
 from prumerge_fast.versions import cache_of, clip_transformer, configured_feature_layer
 
 
@@ -126,7 +126,7 @@ def cache_bytes(cache: Any) -> int:
 
 def _visual_tokens(model: Any, input_ids: torch.Tensor, kept: Sequence[int] | None) -> list[int]:
     """Of each prompt [B, L]; `kept` has those of each image, then of each video, where pruned."""
-    family, llava = family_of(model), without_peft(model)
+    family, llava = family_of(model), unwrapped(model)
     counts = {
         modality: (input_ids == family.placeholder_id(llava, modality)).sum(1).tolist()
         for modality in family.pixels
@@ -161,11 +161,11 @@ class _Clock:
         self._hooks = ExitStack()
 
     def __enter__(self) -> _Clock:
-        family, llava = family_of(self._model), without_peft(self._model)
+        family, llava = family_of(self._model), unwrapped(self._model)
         layer = configured_feature_layer(llava.config)
         towers = {id(tower): tower for tower in (family.tower(llava, m) for m in family.pixels)}
         for tower in towers.values():
-            transformer: Any = clip_transformer(tower)
+            transformer: Any = clip_transformer(unwrapped(tower))
             self._before(transformer.embeddings, "vision")
             if self._pruned:
                 # The tower ends with the projections that the class attention needs.

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from prumerge_fast.errors import InputError
+from prumerge_fast.errors import InputError, PictureError
 
 VIDEO_SUFFIXES = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 
@@ -27,11 +27,12 @@ def read_video(path: Path, frames: int) -> np.ndarray:
         [F, height, width, 3] uint8, RGB.
 
     Raises:
-        InputError: PyAV is not installed; or there is no such file, or it is no video that can be
-            decoded, or one without a frame.
+        PictureError: There is no such file, or it is no video that can be decoded, or one without a
+            frame.
+        InputError: PyAV is not installed.
     """
     if not path.is_file():
-        raise InputError(f"video: expected an existing file, got {path}")
+        raise PictureError(f"expected an existing file, got {path}", "video")
     av = _pyav()
     try:
         count = sum(1 for _ in _decoded(av, path))  # what containers say of it may be wrong
@@ -42,11 +43,11 @@ def read_video(path: Path, frames: int) -> np.ndarray:
             if number in wanted
         }
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise InputError(f"video: expected a readable video, got {path} ({error})") from None
+        raise PictureError(f"expected a readable video, got {path} ({error})", "video") from None
     if not pictures:
-        raise InputError(f"video: expected at least one frame, got {path}, which has none")
+        raise PictureError(f"expected at least one frame, got {path}, which has none", "video")
     if len({picture.shape for picture in pictures.values()}) > 1:
-        raise InputError(f"video: expected frames of one size, got several in {path}")
+        raise PictureError(f"expected frames of one size, got several in {path}", "video")
     return np.stack([pictures[number] for number in wanted])
 
 

@@ -22,6 +22,7 @@ from prumerge_fast.errors import InputError
 from prumerge_fast.harness.inputs import IMAGE_TOKEN, VIDEO_TOKEN
 from prumerge_fast.harness.models import check_keep, load
 from prumerge_fast.harness.options import DEFAULT_FRAMES, AspectRatio, ConvTemplate, Dtype
+from prumerge_fast.harness.pictures import as_seen
 from prumerge_fast.harness.prompts import chat_prompt, model_inputs, placeholder
 from prumerge_fast.harness.videos import read_video
 from prumerge_fast.patching.patch import patch
@@ -184,7 +185,7 @@ class LlavaPruMerge(lmms):
         found = []
         for one in visuals(self.task_dict[task][split][number]) or []:
             if isinstance(one, Image.Image):
-                found.append(Picture("image", one.convert("RGB")))
+                found.append(Picture("image", as_seen(one, f"that of {task} {number}")))
             elif isinstance(one, (str, Path)) and "video" in self._loaded.adapter.pixels:
                 found.append(Picture("video", read_video(Path(one), self._frames)))
             else:

@@ -8,10 +8,9 @@ asked for as the language model gave them (`outputs="shrunk"`).
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,17 +19,23 @@ from prumerge_fast.errors import UnsupportedModelError
 from prumerge_fast.families.arguments import named_arguments
 from prumerge_fast.families.base import Adapter, ImageTokens
 from prumerge_fast.patching.cache_layout import remember_layout, remembered_layout
-from prumerge_fast.patching.prompt import (
-    IGNORED_LABEL,
-    Placeholders,
-    PromptLayout,
-    padding_of,
-    shrink_prompt,
+from prumerge_fast.patching.prompt import PromptLayout, padding_of
+from prumerge_fast.patching.shrinking import (
+    check_prompt,
+    embed_prompt,
+    lay_out_prompt,
+    shrink_per_token,
+)
+from prumerge_fast.patching.visual import (
+    check_no_placeholders,
+    encode_images,
+    output_of,
+    returns_dict,
+    take_images,
 )
 from prumerge_fast.versions import (
     cache_argument,
     cache_of,
-    is_4,
     set_visual_outputs,
 )
 
@@ -43,8 +48,6 @@ _NOT_WITH_IMAGES = {
     "max_length_q": _PACKED,
     "max_length_k": _PACKED,
 }
-# Types of tokens, which padding has none of.
-_TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
 
 def forward(
@@ -105,7 +108,7 @@ def _forward(
             _continue_prompt(arguments, layout)
         return original(**arguments)
     check_cache_is_empty(cache)
-    return_dict = _returns_dict(model, arguments)
+    return_dict = returns_dict(model, arguments)
     prompt = _shrink(model, adapter, arguments, images)
     as_caller = model.prumerge.outputs == "caller"
     rows = rows_of_outputs(prompt.layout, arguments) if as_caller else {}
@@ -139,62 +142,6 @@ def refuse_placeholder_mask(
     )
 
 
-def get_features(
-    modality: str,
-    model: Any,
-    adapter: Adapter,
-    original: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    """The reduced, projected tokens [m, D] of each image or video, in the form of `original`.
-
-    Of the output that transformers 5 returns, only `pooler_output` is set.
-    """
-    arguments = named_arguments(original, *args, **kwargs)
-    # The first parameter holds the pixels; its name depends on the version.
-    first, pixels = next(iter(inspect.signature(original).parameters)), adapter.pixels[modality]
-    if first in arguments:
-        arguments[pixels] = arguments.pop(first)
-    images = take_images(adapter, arguments)
-    return_dict = _returns_dict(model, arguments)
-    if arguments:
-        raise TypeError(
-            f"get_{modality}_features: expected {', '.join(adapter.image_arguments)} or "
-            f"return_dict on a patched model, got {', '.join(arguments)}"
-        )
-    tokens = encode_images(model, adapter, images).get(modality)
-    if tokens is None:  # a batch of none
-        return _features_output([], [], return_dict)
-    return _output_of(tokens, return_dict)
-
-
-def _features_output(features: list[Tensor], placeholders: list[int], return_dict: bool) -> Any:
-    """What `get_image_features` returns: 4.x the list itself, 5.x an output that holds it."""
-    if is_4():
-        return features
-    # Imports transformers, which this package does only when a model is there.
-    from prumerge_fast.patching.encoder_output import PrunedFeatures
-
-    device = features[0].device if features else None
-    counts = torch.tensor(placeholders, dtype=torch.int64, device=device)
-    output = PrunedFeatures(pooler_output=features, placeholders=counts)
-    return output if return_dict else output.to_tuple()
-
-
-def _output_of(tokens: ImageTokens, return_dict: bool) -> Any:
-    """The tokens [m, D] of each image or video, in the form that `get_features` returns."""
-    return _features_output(
-        list(tokens.features.split(tokens.lengths)), tokens.placeholders, return_dict
-    )
-
-
-def take_images(adapter: Adapter, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Remove the arguments that describe images and return them."""
-    images = {name: arguments.pop(name) for name in adapter.image_arguments if name in arguments}
-    return adapter.renamed(images)
-
-
 def check_cache_is_empty(cache: Any) -> None:
     """Raise `ValueError` if images come together with a cache that holds an earlier prompt."""
     if cache is None:
@@ -209,132 +156,6 @@ def check_cache_is_empty(cache: Any) -> None:
             f"{cache_argument()}: expected an empty cache together with new images, got one that "
             f"holds {int(cache.get_seq_length())} tokens; start anew with the whole prompt"
         )
-
-
-def encode_images(
-    model: Any, adapter: Adapter, images: Mapping[str, Any]
-) -> dict[str, ImageTokens]:
-    """Encode, prune, merge and project, by modality; note the lengths on `model.prumerge`."""
-    state = model.prumerge
-    encoded = adapter.encode(model, images, state.config, state.backend)
-    state.last_lengths = tuple(length for tokens in encoded.values() for length in tokens.lengths)
-    return encoded
-
-
-def lay_out_prompt(
-    model: Any,
-    adapter: Adapter,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    encoded: Mapping[str, ImageTokens],
-    side: Literal["left", "right"],
-    last_columns: int = 0,
-) -> PromptLayout:
-    """`shrink_prompt` for these images and videos, padded on `side`."""
-    visual = [
-        Placeholders(
-            modality,
-            adapter.placeholder_id(model, modality),
-            tokens.placeholders,
-            tokens.lengths,
-        )
-        for modality, tokens in encoded.items()
-    ]
-    return shrink_prompt(
-        input_ids, attention_mask, visual, padding_side=side, last_columns=last_columns
-    )
-
-
-def embed_prompt(
-    model: Any,
-    adapter: Adapter,
-    layout: PromptLayout,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    encoded: Mapping[str, ImageTokens],
-) -> Tensor:
-    """Embeddings [B, S, D] of the shrunk prompt, with the visual tokens in place."""
-    embeds = model.get_input_embeddings()(layout.ids(input_ids, attention_mask))  # [B, S, D]
-    for modality, tokens in encoded.items():
-        is_placeholder = input_ids == adapter.placeholder_id(model, modality)  # [B, L]
-        mask = layout.gather(is_placeholder, False).to(embeds.device)  # [B, S]
-        features = tokens.features.to(embeds.device, embeds.dtype)  # [sum of lengths, D]
-        embeds = embeds.masked_scatter(mask[..., None], features)
-    return embeds
-
-
-def check_prompt(input_ids: Any, attention_mask: Any, inputs_embeds: Any) -> None:
-    """Raise `ValueError` unless images come with ids [B, L] and a mask [B, L] or none."""
-    if inputs_embeds is not None:
-        raise ValueError(
-            "inputs_embeds: expected None together with images on a patched model, which has to "
-            "see the image tokens in input_ids to shrink the prompt"
-        )
-    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
-        got = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
-        raise ValueError(f"input_ids: expected a tensor [B, L] together with images, got {got}")
-    _check_shape("attention_mask", attention_mask, input_ids)
-
-
-def shrink_per_token(arguments: dict[str, Any], layout: PromptLayout, input_ids: Tensor) -> None:
-    """Shorten what else has a value per token of the prompt: positions, labels, types; in place."""
-    for name in ("position_ids", "labels", *_TOKEN_TYPES):
-        value = arguments.get(name)
-        if value is None:
-            continue
-        if name == "position_ids" and isinstance(value, Tensor) and value.shape[:1] == (1,):
-            _check_shape(name, value, input_ids[:1])  # of all rows
-        else:
-            _check_shape(name, value, input_ids)
-        if name == "position_ids":
-            arguments[name] = layout.positions(value)
-        elif name == "labels":
-            arguments[name] = layout.labels(value)
-            _shrink_count(arguments, value, arguments[name])
-        else:
-            arguments[name] = layout.gather(value, 0)
-
-
-def _shrink_count(arguments: dict[str, Any], labels: Tensor, shrunk: Tensor) -> None:
-    """Count in `num_items_in_batch`, which the loss is divided by, the labels that are left.
-
-    `Trainer` counts those of the prompts as passed, of a whole step; of its other batches as large
-    a share is taken to be left as of this one.
-    """
-    if arguments.get("num_items_in_batch") is None:
-        return
-    before, after = (int((each[:, 1:] != IGNORED_LABEL).sum()) for each in (labels, shrunk))
-    if after < before:
-        arguments["num_items_in_batch"] = arguments["num_items_in_batch"] * after / before
-
-
-def _check_shape(name: str, value: Any, input_ids: Tensor) -> None:
-    """Raise `ValueError` unless `value` is `None` or has one entry for each of the ids."""
-    if value is None or (isinstance(value, Tensor) and value.shape == input_ids.shape):
-        return
-    got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-    raise ValueError(f"{name}: expected the shape of input_ids, {list(input_ids.shape)}, got {got}")
-
-
-def check_no_placeholders(
-    model: Any, adapter: Adapter, input_ids: Any, images: Mapping[str, Any]
-) -> None:
-    """Raise `ValueError` if an empty batch of images comes with placeholders of images."""
-    if not isinstance(input_ids, Tensor):
-        return
-    for modality, pixels in adapter.pixels.items():
-        encoded = (images.get("mm_encoder_outputs") or {}).get(modality)
-        given = {pixels: images.get(pixels)}
-        given["mm_encoder_outputs"] = getattr(encoded, "pooler_output", None)
-        empty = [name for name, value in given.items() if value is not None and not len(value)]
-        if not empty:
-            continue
-        tokens = int((input_ids == adapter.placeholder_id(model, modality)).sum())
-        if tokens:
-            raise ValueError(
-                f"{modality.capitalize()} features and {modality} tokens do not match: input_ids "
-                f"holds {tokens} {modality} tokens, and {empty[0]} no {modality}"
-            )
 
 
 def _check_packing(arguments: dict[str, Any], layout: PromptLayout) -> None:
@@ -361,7 +182,7 @@ class _Shrunk:
     def note_on(self, outputs: Any) -> None:
         """Put the visual tokens on the outputs, and the layout on their KV cache."""
         for modality, tokens in self.encoded.items():
-            set_visual_outputs(outputs, modality, tokens.features, _output_of(tokens, True))
+            set_visual_outputs(outputs, modality, tokens.features, output_of(tokens, True))
         cache = cache_of(outputs)
         if cache is not None:
             remember_layout(cache, self.layout)
@@ -435,12 +256,6 @@ def _rows(values: Tensor, index: Tensor) -> Tensor:
     """Rows [B, k, ...] of values [B, S, ...], by index [B, k]."""
     index = index.to(values.device)
     return values[torch.arange(len(values), device=values.device)[:, None], index]
-
-
-def _returns_dict(model: Any, arguments: dict[str, Any]) -> bool:
-    """Remove `return_dict` from the arguments; what it asks for, or the model's default."""
-    return_dict = arguments.pop("return_dict", None)
-    return bool(model.config.return_dict if return_dict is None else return_dict)
 
 
 def _continue_prompt(arguments: dict[str, Any], layout: PromptLayout) -> None:

@@ -17,18 +17,16 @@ from torch import Tensor
 from prumerge_fast.families.arguments import named_arguments
 from prumerge_fast.families.base import Adapter
 from prumerge_fast.patching.cache_layout import forget_layout, remember_layout, remembered_layout
-from prumerge_fast.patching.forward import (
-    check_cache_is_empty,
-    check_no_placeholders,
+from prumerge_fast.patching.forward import check_cache_is_empty
+from prumerge_fast.patching.prompt import PromptLayout
+from prumerge_fast.patching.shrinking import (
     check_prompt,
     embed_prompt,
-    encode_images,
     lay_out_prompt,
     shrink_per_token,
-    take_images,
 )
-from prumerge_fast.patching.peft import check_adapters
-from prumerge_fast.patching.prompt import PromptLayout
+from prumerge_fast.patching.visual import check_no_placeholders, encode_images, take_images
+from prumerge_fast.towers.wrappers import check_adapters
 from prumerge_fast.versions import cache_argument, cache_of, is_default_length, set_length
 
 # Made by `generate` itself, these look at positions only, and count the shrunk prompt.
@@ -281,7 +279,8 @@ def _resolved_options(model: Any, original: Callable[..., Any], arguments: dict[
 
 
 def _check_options(model: Any, options: Any, arguments: dict[str, Any]) -> None:
-    check_adapters(getattr(model.prepare_inputs_for_generation, "__self__", model))  # PEFT's
+    wrapper = getattr(model.prepare_inputs_for_generation, "__self__", model)  # PEFT's
+    check_adapters(wrapper, "model")
     for name, title in _UNSUPPORTED.items():
         if arguments.get(name, getattr(options, name, None)):
             raise ValueError(

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from prumerge_fast.families.base import Adapter, BaseAdapter, Override
-from prumerge_fast.patching import forward, generation
+from prumerge_fast.patching import forward, generation, visual
 
 
 def inner_overrides(adapter: Adapter, model_class: type) -> Mapping[str, Override]:
@@ -22,7 +22,7 @@ def inner_overrides(adapter: Adapter, model_class: type) -> Mapping[str, Overrid
 
 def _features(adapter: Adapter, model_class: type) -> dict[str, Override]:
     return {
-        f"get_{modality}_features": functools.partial(forward.get_features, modality)
+        f"get_{modality}_features": functools.partial(visual.get_features, modality)
         for modality in adapter.pixels
         if hasattr(model_class, f"get_{modality}_features")
     }

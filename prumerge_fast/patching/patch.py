@@ -5,7 +5,8 @@ A patched instance gets a subclass of its own class, of the same name, with the 
 Nothing else changes, on the instance, its modules or anywhere in the process, so that undoing it is
 complete, and saving, copying and pickling work.
 
-A model that PEFT wraps is patched inside its wrapper, which passes everything on.
+A model that PEFT or `torch.compile` wraps is patched inside its wrapper, which passes everything
+on; compiled code notices the change of class.
 """
 
 from __future__ import annotations
@@ -23,10 +24,9 @@ from prumerge_fast.families import adapter_for, adapter_for_class
 from prumerge_fast.families.base import Adapter, Override, inner_model
 from prumerge_fast.patching.instance_class import instance_class
 from prumerge_fast.patching.overrides import inner_overrides, overrides_of
-from prumerge_fast.patching.peft import check_adapters
 from prumerge_fast.reduction.config import PruMergeConfig
 from prumerge_fast.reduction.dispatch import resolve_backend
-from prumerge_fast.towers.wrappers import without_peft
+from prumerge_fast.towers.wrappers import check_adapters, unwrapped
 
 Model = TypeVar("Model")
 
@@ -78,7 +78,8 @@ def patch(
     as do new images in a later turn that reuses the cache.
 
     Args:
-        model: A model of a supported family, or PEFT's wrapper of one; its weights are not touched.
+        model: A model of a supported family, or a wrapper of one, PEFT's or that of
+            `torch.compile`; its weights are not touched.
         config: The options; `None` for the defaults, or those the model is patched with.
         backend: `"auto"`, `"triton"`, `"torch"` or `"reference"`; `None` for `"auto"`, or the one
             that the model is patched with.
@@ -98,7 +99,7 @@ def patch(
         ValueError: A value is out of range.
         BackendUnavailableError: The backend was asked for by name and cannot run.
     """
-    instance: Any = without_peft(model)
+    instance: Any = unwrapped(model)
     adapter = adapter_for(instance)
     current = instance.prumerge if is_patched(instance) else None
     if config is None:
@@ -115,7 +116,7 @@ def patch(
         raise ValueError(
             f"outputs: expected {expected} for {type(instance).__name__}, got {outputs!r}"
         )
-    check_adapters(model)
+    check_adapters(model, "model")
     adapter.check(instance)
     config.budget(adapter.num_patches(instance))  # raises when `keep` does not fit
     resolve_backend(backend, adapter.device(instance))
@@ -140,7 +141,7 @@ def unpatch(model: Model) -> Model:
         ValueError: The model is not patched.
         UnsupportedModelError: Its class was replaced since.
     """
-    instance: Any = without_peft(model)
+    instance: Any = unwrapped(model)
     if not is_patched(instance):
         raise ValueError(f"model: expected a patched model, got a plain {type(instance).__name__}")
     parts = [part for part in _parts(instance) if is_patched(part)]
@@ -169,7 +170,7 @@ def patched(
 
     Takes the arguments of `patch` and raises its errors.
     """
-    instance: Any = without_peft(model)
+    instance: Any = unwrapped(model)
     before = instance.prumerge if is_patched(instance) else None
     patch(model, config, backend=backend, outputs=outputs, **config_fields)
     try:
@@ -184,8 +185,8 @@ def patched(
 
 
 def is_patched(model: object) -> bool:
-    """Whether `patch` was applied to this instance, or to the one inside PEFT's wrapper."""
-    return hasattr(type(without_peft(model)), "_prumerge_base")
+    """Whether `patch` was applied to this instance, or to the one inside its wrappers."""
+    return hasattr(type(unwrapped(model)), "_prumerge_base")
 
 
 def _parts(model: Any) -> list[Any]:

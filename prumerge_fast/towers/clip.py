@@ -15,33 +15,46 @@ import torch
 from torch import Tensor
 
 from prumerge_fast.errors import UnsupportedModelError
+from prumerge_fast.towers.wrappers import (
+    PARALLEL_WRAPPERS,
+    check_adapters,
+    class_names,
+    unwrapped,
+    wrapping,
+)
 from prumerge_fast.versions import clip_transformer, run_encoder_layer
 
 
 def check_tower(tower: Any) -> None:
     """Raise `UnsupportedModelError` unless `tower` is a CLIP vision tower of transformers.
 
-    It may be one of PEFT's `modules_to_save`, whose wrapper hands on the attributes of its copy.
+    PEFT or `torch.compile` may stand around it.
     """
-    check_class(getattr(tower, "original_module", tower), "CLIPVisionModel")
+    check_adapters(tower, "vision tower")
+    check_class(unwrapped(tower), "CLIPVisionModel")
 
 
 def check_class(tower: Any, expected: str) -> None:
     """Raise `UnsupportedModelError` unless the tower's class or a base of it is called so."""
     name = type(tower).__name__
-    if any(cls.__name__ == expected for cls in type(tower).__mro__):
+    if expected in class_names(tower):
         return
-    reason = (
-        "has no class token, whose attention PruMerge ranks patches by"
-        if "siglip" in name.lower() or "pixtral" in name.lower()
-        else "is not known"
-    )
+    if PARALLEL_WRAPPERS & class_names(tower):
+        reason = "has to be called as a whole; patch runs the layers inside: wrap the whole model"
+    elif "siglip" in name.lower() or "pixtral" in name.lower():
+        reason = "has no class token, whose attention PruMerge ranks patches by"
+    else:
+        reason = "is not known"
     raise UnsupportedModelError(f"vision tower: expected a {expected}, got {name}, which {reason}")
 
 
+def _transformer(tower: Any) -> Any:
+    return clip_transformer(unwrapped(tower))
+
+
 def num_patches(tower: Any) -> int:
-    """N, the number of patch tokens of an image, without the class token."""
-    return clip_transformer(tower).embeddings.num_patches
+    """N, the patch tokens of an image of the tower's own size, without the class token."""
+    return _transformer(tower).embeddings.num_patches
 
 
 def reading_layer(tower: Any, feature_layer: object) -> int:
@@ -61,7 +74,7 @@ def reading_layer(tower: Any, feature_layer: object) -> int:
 
 def _layer_indices(tower: Any, feature_layer: object) -> list[int]:
     """Indices 0 .. L-1 into `hidden_states`, one or several."""
-    layers, name = len(clip_transformer(tower).encoder.layers), "vision_feature_layer"
+    layers, name = len(_transformer(tower).encoder.layers), "vision_feature_layer"
     if not isinstance(feature_layer, (list, tuple)):
         return [layer_index(layers, feature_layer, name)]
     if not feature_layer:
@@ -89,16 +102,23 @@ def layer_index(layers: int, feature_layer: object, name: str) -> int:
 
 
 def query_keys_hidden(
-    tower: Any, pixel_values: Tensor, feature_layer: int | Sequence[int]
+    tower: Any,
+    pixel_values: Tensor,
+    feature_layer: int | Sequence[int],
+    *,
+    interpolate_pos_encoding: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Features of the images, and the query and keys that PruMerge scores them with.
 
-    Modules are called, never their weights, so that LoRA, quantised and offloaded layers work.
+    Modules are called, never their weights, so that LoRA, quantised and offloaded layers work. A
+    tower with hooks on it, or on its encoder, runs as a whole, so that they see what they would.
 
     Args:
         tower: A CLIP vision tower (`check_tower`) of width C.
         pixel_values: [B, 3, height, width].
         feature_layer: See `reading_layer`.
+        interpolate_pos_encoding: Take pixels of another size than the tower's, as the tower's own
+            `forward` does; N follows from them.
 
     Returns:
         query [B, C] of the class token, keys [B, 1+N, C], and hidden [B, 1+N, C], which equals
@@ -111,29 +131,46 @@ def query_keys_hidden(
             together with a module around it, or sharded layer by layer.
         ValueError: The images have the wrong size.
     """
-    with _weights(tower, reading_layer(tower, feature_layer)):
-        return _query_keys_hidden(tower, pixel_values, feature_layer)
-
-
-def _query_keys_hidden(
-    tower: Any, pixel_values: Tensor, feature_layer: int | Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    transformer = clip_transformer(tower)
+    check_tower(tower)  # again: it may have been wrapped since
     indices = _layer_indices(tower, feature_layer)
     deepest = max(indices)
-    state = transformer.pre_layrnorm(transformer.embeddings(pixel_values))  # [B, 1+N, C]
-    states = {0: state}
-    for index, layer in enumerate(transformer.encoder.layers[:deepest], start=1):
-        state = run_encoder_layer(layer, state)  # [B, 1+N, C]
-        if index in indices:
-            states[index] = state
-    reader = transformer.encoder.layers[deepest]
-    normed = reader.layer_norm1(state)  # [B, 1+N, C]
-    keys = reader.self_attn.k_proj(normed)  # [B, 1+N, C]
-    query = reader.self_attn.q_proj(normed[:, 0])  # [B, C]
+    options = {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
+    states = None
+    if _is_watched(tower):
+        states = tower(pixel_values, output_hidden_states=True, **options).hidden_states
+    with _weights(tower, deepest):
+        if states is None:
+            states = _states(tower, pixel_values, indices, options)
+        reader = _transformer(tower).encoder.layers[deepest]
+        normed = reader.layer_norm1(states[deepest])  # [B, 1+N, C]
+        keys = reader.self_attn.k_proj(normed)  # [B, 1+N, C]
+        query = reader.self_attn.q_proj(normed[:, 0])  # [B, C]
     hidden = torch.cat([states[index] for index in indices], dim=-1)  # [B, 1+N, S * C]
     # Under autocast, projections come out in half precision and the residual stream does not.
     return query.to(hidden), keys.to(hidden), hidden
+
+
+def _states(
+    tower: Any, pixel_values: Tensor, indices: list[int], options: dict[str, bool]
+) -> dict[int, Tensor]:
+    """Those of the tower's `hidden_states`, each [B, 1+N, C], by index; no layer beyond is run."""
+    transformer = _transformer(tower)
+    state = transformer.pre_layrnorm(transformer.embeddings(pixel_values, **options))
+    states = {0: state}
+    for index, layer in enumerate(transformer.encoder.layers[: max(indices)], start=1):
+        state = run_encoder_layer(layer, state)
+        if index in indices:
+            states[index] = state
+    return states
+
+
+def _is_watched(tower: Any) -> bool:
+    """Whether there are hooks on modules that only a tower run as a whole calls by themselves."""
+    transformer = _transformer(tower)
+    return any(
+        module._forward_hooks or module._forward_pre_hooks
+        for module in (*wrapping(tower), transformer, transformer.encoder)
+    )
 
 
 def _weights(tower: Any, index: int) -> ExitStack:
@@ -141,7 +178,7 @@ def _weights(tower: Any, index: int) -> ExitStack:
 
     Layer `index` and what is around it are not called themselves, and so their hooks are not.
     """
-    transformer = clip_transformer(tower)
+    transformer = _transformer(tower)
     reader = transformer.encoder.layers[index]
     stack = ExitStack()
     around = dict.fromkeys((tower, transformer, transformer.encoder, reader, reader.self_attn))
@@ -160,12 +197,13 @@ def _weights(tower: Any, index: int) -> ExitStack:
             "or its parts; they are offloaded together with a module around it"
         )
     parts = (reader.layer_norm1, reader.self_attn.q_proj, projection)  # which are called
-    if any(map(_is_sharded, around)) and any(
+    in_shards = any(map(_is_sharded, around)) and any(
         type(parameter).__name__ == "DTensor"
         for part in parts
         if not _is_sharded(part)
         for parameter in part.parameters()
-    ):
+    )
+    if in_shards or any("FullyShardedDataParallel" in class_names(module) for module in around):
         stack.close()
         raise UnsupportedModelError(
             f"vision tower: expected layer {index} whole, got it sharded (FSDP): parts of it run "
@@ -176,7 +214,7 @@ def _weights(tower: Any, index: int) -> ExitStack:
 
 def _is_sharded(module: Any) -> bool:
     """Whether FSDP gathers the module's weights where the module is called."""
-    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
+    return "FSDPModule" in class_names(module)
 
 
 def _is_away(module: Any, recurse: bool = True) -> bool:

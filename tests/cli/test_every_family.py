@@ -289,8 +289,7 @@ def test_bad_videos(of_videos, films, tmp_path, capsys):
 
     for content in (b"", b"no video", whole[: len(whole) // 2]):
         broken.write_bytes(content)
-        assert f"video: expected a readable video, got {broken}" in said(broken)
-    Image.new("RGB", (8, 8)).save(tmp_path / "still.png")
+        assert f"expected a readable video, got {broken}" in said(broken)
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / ".hidden.mp4").write_bytes(whole)
@@ -304,6 +303,23 @@ def test_bad_videos(of_videos, films, tmp_path, capsys):
     assert "--prompt: expected at least one with --videos" in refusal(
         capsys, "compare", "--videos", films
     )
+
+
+def test_a_broken_video_of_many(of_videos, films, tmp_path, capsys):
+    """It is recorded with its error, and the others are asked."""
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    given = ["compare", "--model", of_videos.folder, "--videos", broken, films, "--frames", 1]
+    given += ["--prompt", "what ?", "--max-new-tokens", 1, "--batch-size", 3, "--json"]
+    assert main([str(argument) for argument in given]) == 2
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert [Path(answer["image"]).name for answer in result["answers"]] == ["long.mp4", "short.avi"]
+    (failed,) = result["failed"]
+    assert failed["image"] == str(broken)
+    assert failed["error"].startswith(f"expected a readable video, got {broken}")
+    message = refusal(capsys, *given, "--strict")
+    assert f"video: expected a readable video, got {broken}" in message
 
 
 def test_without_pyav(of_videos, films, capsys, monkeypatch):
@@ -478,7 +494,9 @@ def test_evaluate(saved, pictures, films, tmp_path, capsys, monkeypatch):
     towers = []
     read = llava.query_keys_hidden
     monkeypatch.setattr(
-        llava, "query_keys_hidden", lambda tower, *a: towers.append(tower) or read(tower, *a)
+        llava,
+        "query_keys_hidden",
+        lambda tower, *given, **options: towers.append(tower) or read(tower, *given, **options),
     )
     assert main([str(argument) for argument in command]) == 0, capsys.readouterr().err
     assert len(towers) == len(FAMILIES[saved.name].kinds)  # once, for all policies

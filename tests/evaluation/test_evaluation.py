@@ -19,8 +19,9 @@ from prumerge_fast import PruMergeConfig, patched
 from prumerge_fast.cli import main
 from prumerge_fast.demo import MODEL_DIR
 from prumerge_fast.demo.items import items_from_demo
+from prumerge_fast.errors import PictureError
 from prumerge_fast.evaluation import fingerprint, metrics, policies, run, stored
-from prumerge_fast.harness import provenance
+from prumerge_fast.harness import inputs, provenance
 from prumerge_fast.harness.inputs import Item
 from prumerge_fast.harness.models import load
 from prumerge_fast.harness.prompts import prepare
@@ -600,6 +601,71 @@ def test_question_file(folder, photos, tmp_path, capsys):
 )
 def test_bad_options(command, capsys, extra, says):
     assert says in refusal(capsys, *command[0], *extra)
+
+
+@pytest.fixture
+def break_pictures(photos, tmp_path):
+    """Puts two questions about broken pictures between those of a file."""
+
+    def insert(questions):
+        content = (photos / "astronaut.png").read_bytes()
+        lines = questions.read_text().splitlines()
+        for place, (name, size) in enumerate({"cut.png": 5000, "empty.png": 0}.items(), start=1):
+            (tmp_path / name).write_bytes(content[:size])
+            record = {**json.loads(lines[0]), "question_id": name, "image": f"{tmp_path}/{name}"}
+            lines.insert(place, json.dumps(record))
+        questions.write_text("\n".join(lines))
+        return lines
+
+    return insert
+
+
+@pytest.mark.parametrize("size", ["1", "2", "25"])
+def test_broken_pictures_are_left_out_for_all_policies(
+    ask, question_file, break_pictures, capsys, tmp_path, size
+):
+    arguments = [*map(str, ask), "--json", "--batch-size", size, "--output"]
+    questions = question_file("what ?", "who ?", "where ?")
+    assert main([*arguments, str(tmp_path / "good.json")]) == 0
+    good = json.loads(capsys.readouterr().out)
+    assert (good["failed"], good["pictures"]) == ([], 1)
+    break_pictures(questions)
+    for _ in range(2):  # a broken picture is tried again, and is as broken
+        assert main([*arguments, str(tmp_path / "broken.json")]) == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith("prumerge-fast: 2 of 3 pictures could not be read: expected")
+        assert captured.err.endswith("cut.png (image file is truncated); and 1 more\n")
+        found = json.loads(captured.out)
+        assert [entry["question_id"] for entry in found["failed"]] == ["cut.png", "empty.png"]
+        for key in ("questions", "policies", "paired"):
+            assert found[key] == good[key]
+        assert json.loads((tmp_path / "broken.json").read_text())["failed"] == found["failed"]
+    arguments.remove("--json")
+    assert main([*arguments, str(tmp_path / "broken.json")]) == 2
+    assert "Questions left out: 2, whose pictures could not be read" in capsys.readouterr().out
+    assert "cut.png" in refusal(capsys, *arguments, tmp_path / "broken.json", "--strict")
+
+
+def test_broken_pictures_are_tried_again(ask, question_file, capsys, monkeypatch):
+    """The same file may be read later: by a newer Pillow, say, or with pillow-heif."""
+    question_file("what ?", "who ?")
+
+    def unreadable(path):
+        raise PictureError(f"expected a picture, got {path}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(inputs, "read_image", unreadable)
+        assert "none of the 1 pictures could be read" in refusal(capsys, *ask)
+    assert main([*map(str, ask), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["failed"], found["answered"]["by_earlier_runs"]) == ([], 0)
+
+
+def test_only_broken_pictures(ask, question_file, break_pictures, capsys, tmp_path):
+    questions = question_file("what ?")
+    questions.write_text("\n".join(break_pictures(questions)[1:]))
+    assert "none of the 2 pictures could be read" in refusal(capsys, *ask)
+    assert not (tmp_path / "result.json").exists()
 
 
 def test_failure_to_write_leaves_answers_and_result(ask, question_file, capsys, monkeypatch):

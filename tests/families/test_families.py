@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from tiny_families import FAMILIES, V5, Family, FamilyOracle, Part, takes
+from tiny_families import FAMILIES, FRAMES, V5, Family, FamilyOracle, Part, takes
 from tiny_models import (
     BOS,
     CACHE,
@@ -285,8 +285,8 @@ def test_features(family: Family, plain: Any, model: Any) -> None:
         if V5:
             as_tuple = method(*arguments.values(), return_dict=False)
             assert all(map(torch.equal, as_tuple[-1], features))
-        with pytest.raises(TypeError, match="interpolate"):
-            method(*arguments.values(), interpolate_pos_encoding=True)
+        with pytest.raises(TypeError, match="output_attentions"):
+            method(*arguments.values(), output_attentions=True)
 
 
 @torch.no_grad()
@@ -412,6 +412,147 @@ def test_compiled(family: Family, model: Any) -> None:
         for run, outputs in ((model, expected), (compiled, first))
     ]
     close(*later)
+
+
+def compiled(tower: Any) -> Any:
+    return torch.compile(tower, backend="eager")
+
+
+def with_lora(tower: Any) -> Any:
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    return get_peft_model(tower, config).eval()
+
+
+@pytest.mark.parametrize("wrap", [compiled, with_lora])
+@torch.no_grad()
+def test_wrapped_towers(family: Family, model: Any, wrap: Any) -> None:
+    """Every tower of the model; the wrappers come back untouched."""
+    torch.compiler.reset()
+    towers = {name: m for name, m in model.model.named_children() if name.endswith("_tower")}
+    for name, tower in towers.items():
+        setattr(model.model, name, wrap(tower))
+    inputs = family.inputs(family.prompts())
+    plain = model(**inputs).logits
+    before = snapshot(model)
+    pruned = patch(model, keep=4)(**inputs).logits
+    assert same(before, snapshot(unpatch(model)))
+    assert torch.equal(model(**inputs).logits, plain)
+    close(patch(model, **EVERYTHING)(**inputs).logits, plain)
+    for name, tower in towers.items():
+        setattr(model.model, name, tower)  # its layers keep their adapters
+    assert torch.equal(patch(model, PruMergeConfig(keep=4))(**inputs).logits, pruned)
+
+
+def resized(
+    family: Family, kind: str, height: int, width: int, ids: int = 0
+) -> tuple[dict[str, Any], int]:
+    """A prompt with a picture of that size and `ids` placeholders too many; and its patches."""
+    arguments = family.arguments(kind, [0])
+    name = next(iter(arguments))
+    generator = torch.Generator().manual_seed(0)
+    shape = (*arguments[name].shape[:-2], height, width)
+    arguments[name] = torch.randn(shape, generator=generator)
+    patches = (height // 6) * (width // 6)
+    count = patches if kind == "image" else FRAMES * (1 + patches)
+    placeholder = IMAGE if kind == "image" else VIDEO
+    row = [BOS, 5, *[placeholder] * (count + ids), 6, 7, 8]
+    return {"input_ids": torch.tensor([row]), **arguments}, patches
+
+
+SIZES = {"larger": (48, 36), "smaller": (12, 24), "the tower's": (30, 30)}
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+@pytest.mark.parametrize("name", SIZES)
+@torch.no_grad()
+def test_interpolated_positions(family: Family, model: Any, kind: str, name: str) -> None:
+    """N is that of the pixels: of the placeholders, of `keep` as a share, and at most of an int."""
+    if kind not in family.kinds or family.model_name.startswith("LlavaNext"):
+        pytest.skip("not of this family")
+    inputs, patches = resized(family, kind, *SIZES[name])
+    option = {"interpolate_pos_encoding": True}
+    tower = family.tower(model, kind)
+    pixels = inputs[next(iter(family.arguments(kind, [0])))].reshape(-1, 3, *SIZES[name])
+    states = tower(pixels, output_hidden_states=True, **option).hidden_states
+    hidden = torch.cat([states[layer] for layer in family.layers], -1)
+    features = model.model.multi_modal_projector(hidden if kind == "video" else hidden[:, 1:])
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    embeds[0, 2:-3] = features.flatten(0, 1)
+    expected = model(inputs_embeds=embeds).logits
+    if kind == "image" and family.model_name == "Llava" and V5:  # whose own `forward` takes it
+        torch.testing.assert_close(model(**inputs, **option).logits, expected)
+
+    patch(model, **EVERYTHING)
+    assert torch.equal(model(**inputs, **option).logits, expected)
+    answer = model.generate(**inputs, **option, max_new_tokens=2)
+    assert torch.equal(answer[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
+    assert int(answer[0, inputs["input_ids"].shape[1]]) == int(expected[0, -1].argmax())
+
+    frames = 1 if kind == "image" else FRAMES
+    extra = 0 if kind == "image" else FRAMES  # class tokens
+    share = PruMergeConfig(keep=0.4).budget(patches)
+    for keep, kept in ((0.4, share), (10, min(10, patches))):
+        patch(model, keep=keep)(**inputs, **option)
+        assert model.prumerge.last_lengths == (frames * kept + extra,), keep
+    fewer, _ = resized(family, kind, *SIZES[name], ids=-1)
+    with pytest.raises(ValueError, match=r"features and .* tokens do not match"):
+        model(**fewer, **option)
+
+
+@torch.no_grad()
+def test_interpolated_features(model: Any, family: Family) -> None:
+    """The placeholders that they say they need are those of their pixels."""
+    if family.model_name.startswith("LlavaNext"):
+        pytest.skip("not of this family")
+    if not V5 and family.model_name != "Llava":
+        pytest.skip("the plain method takes no such argument in transformers 4")
+    inputs, patches = resized(family, "image", 48, 36)
+    ids = {"input_ids": inputs.pop("input_ids")}
+    encoded = patch(model, keep=7).get_image_features(
+        *inputs.values(), interpolate_pos_encoding=True
+    )
+    if takes(model, "mm_encoder_outputs"):
+        assert encoded.placeholders.tolist() == [patches]
+        again = model(**ids, mm_encoder_outputs={"image": encoded}).logits
+        expected = model(**ids, **inputs, interpolate_pos_encoding=True).logits
+        assert torch.equal(again, expected)
+    assert model.prumerge.last_lengths == (8,)
+
+
+@pytest.mark.parametrize("value", [False, None, True])
+@torch.no_grad()
+def test_interpolation_that_changes_nothing(family: Family, model: Any, value: Any) -> None:
+    inputs = family.inputs(family.prompts())
+    expected = patch(model)(**inputs).logits
+    assert torch.equal(model(**inputs, interpolate_pos_encoding=value).logits, expected)
+    answers = [
+        model.generate(**inputs, max_new_tokens=2, **options)
+        for options in ({}, {"interpolate_pos_encoding": value})
+    ]
+    assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+@torch.no_grad()
+def test_other_sizes_without_interpolation(family: Family, model: Any, kind: str) -> None:
+    """The plain model's own error; of crops and pooled frames, whose grids are fixed, ours."""
+    if kind not in family.kinds:
+        pytest.skip("no videos")
+    inputs, _ = resized(family, kind, 48, 36)
+    messages = []
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"48\*36.*30\*30") as error:
+            model(**inputs)
+        messages.append(str(error.value))
+        if len(messages) == 1:
+            patch(model)
+    assert messages[0] == messages[1]
+    if family.model_name.startswith("LlavaNext"):
+        message = "interpolate_pos_encoding: expected crops and frames of 30 x 30 .* got 48 x 36"
+        for call in (model, model.generate):
+            with pytest.raises(ValueError, match=message):
+                call(**inputs, interpolate_pos_encoding=True)
 
 
 @torch.no_grad()

@@ -9,13 +9,8 @@ from PIL import Image
 from prumerge_fast.demo.items import image_by_name, items_from_demo
 from prumerge_fast.errors import InputError
 from prumerge_fast.harness.answers import Answer, normalise, summarise
-from prumerge_fast.harness.inputs import (
-    Item,
-    find_images,
-    items_from_images,
-    items_from_jsonl,
-    read_image,
-)
+from prumerge_fast.harness.inputs import Item, items_from_images, items_from_jsonl
+from prumerge_fast.harness.pictures import read_image
 from prumerge_fast.harness.stages import StageTimes
 
 
@@ -148,21 +143,6 @@ def test_images_of_too_many_pixels(picture, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 31)
     with pytest.raises(InputError, match=r"expected a readable image, got .*exceeds limit of 62"):
         read_image(picture)
-
-
-def test_folders_give_their_images_by_name(tmp_path, picture):
-    (tmp_path / "folder.png").mkdir()
-    for name in ("b.JPG", "a.png", "notes.txt"):
-        (tmp_path / name).write_bytes(picture.read_bytes())
-    found = find_images([tmp_path, picture])
-    assert [path.name for path in found] == ["a.png", "b.JPG", "picture.png", "picture.png"]
-
-
-def test_empty_folder_and_missing_path(tmp_path):
-    with pytest.raises(InputError, match=r"--images: expected a folder with images .* holds none"):
-        find_images([tmp_path])
-    with pytest.raises(InputError, match=r"--images: expected an existing file or folder"):
-        find_images([tmp_path / "gone"])
 
 
 def test_every_prompt_about_every_image(picture):

@@ -54,6 +54,38 @@ def test_patch_and_unpatch_leave_no_trace() -> None:
     assert not hasattr(model, "prumerge")
 
 
+def in_place(model: Any) -> Any:
+    model.compile(backend="eager")
+    return model
+
+
+def around(model: Any) -> Any:
+    return torch.compile(model, backend="eager")
+
+
+@pytest.mark.parametrize("compiled", [around, in_place])
+def test_compiled_models(compiled: Any) -> None:
+    """Patched inside the wrapper of `torch.compile`, whose code does not go on as before."""
+    torch.compiler.reset()
+    plain, pruned = logits(tiny_llava()), logits(patch(tiny_llava(), keep=3))
+    model = tiny_llava()
+    wrapper = compiled(model)
+    torch.testing.assert_close(logits(wrapper), plain)
+    assert patch(wrapper, keep=3) is wrapper
+    assert is_patched(wrapper)
+    assert is_patched(model)
+    assert wrapper.prumerge is model.prumerge
+    torch.testing.assert_close(logits(wrapper), pruned)
+    assert unpatch(wrapper) is wrapper
+    assert type(model) is LlavaForConditionalGeneration
+    assert not is_patched(wrapper)
+    torch.testing.assert_close(logits(wrapper), plain)
+    with patched(wrapper) as inside:
+        assert inside is wrapper
+        assert is_patched(model)
+    assert not is_patched(model)
+
+
 def test_patching_again_reconfigures() -> None:
     model = patch(tiny_llava(), keep=5, neighbours=3, backend="reference")
     kind = type(model)
