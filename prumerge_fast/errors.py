@@ -26,9 +26,9 @@ class InputError(PruMergeError, ValueError):
 class PictureError(InputError):
     """A picture that cannot be used; of many, the others can.
 
-    Its message is `image: ` and what was expected and what came.
+    Its message is `image: ` (or `video: `) and what was expected and what came.
     """
 
-    def __init__(self, says: object) -> None:
-        super().__init__(f"image: {says}")
-        self.says = str(self).removeprefix("image: ")
+    def __init__(self, says: object, modality: str = "image") -> None:
+        super().__init__(f"{modality}: {says}")
+        self.says = str(self).removeprefix(f"{modality}: ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 from typing import Any
 
 from torch import Tensor
@@ -98,6 +99,12 @@ def set_length(arguments: dict[str, Any], name: str, limit: int) -> None:
     else:
         arguments["generation_config"] = copy.deepcopy(config)
         setattr(arguments["generation_config"], name, limit)
+
+
+def takes_special_tokens_option(processor: Any) -> bool:
+    """Whether a processor takes `add_special_tokens`: that of Video-LLaVA in 4.x does not."""
+    parameters = inspect.signature(type(processor).__call__).parameters.values()
+    return any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters)
 
 
 def is_4() -> bool:

@@ -12,31 +12,37 @@ from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizer
 from prumerge_fast.cli import main
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """A tiny LLaVA with random weights and its processor, saved."""
-    special = {PAD: "<pad>", BOS: "<s>", EOS: "</s>", 3: "<unk>", IMAGE: "<image>"}
+def tokenizer(**tokens):
+    """Of single words, with these special tokens beside the usual ones: their ids by their text."""
+    special = {PAD: "<pad>", BOS: "<s>", EOS: "</s>", 3: "<unk>"}
+    special |= {number: text for text, number in tokens.items()}
     words = iter(
         ["USER", ":", "ASSISTANT", "what", "is", "this", "?", *(f"w{i}" for i in range(99))]
     )
     vocabulary = {special.get(i) or next(words): i for i in range(VOCAB)}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = Whitespace()
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        extra_special_tokens={f"{text[1:-1]}_token": text for text in tokens},
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A tiny LLaVA with random weights and its processor, saved."""
     path = tmp_path_factory.mktemp("models") / "tiny"
     LlavaProcessor(
         image_processor=CLIPImageProcessor(
             size={"shortest_edge": 30}, crop_size={"height": 30, "width": 30}
         ),
-        tokenizer=PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            bos_token="<s>",
-            eos_token="</s>",
-            pad_token="<pad>",
-            unk_token="<unk>",
-            extra_special_tokens={"image_token": "<image>"},
-            model_input_names=["input_ids", "attention_mask"],
-        ),
+        tokenizer=tokenizer(**{"<image>": IMAGE}),
         patch_size=6,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,

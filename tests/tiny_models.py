@@ -38,6 +38,7 @@ def tiny_model(
     seed: int = 0,
     attention: str = "sdpa",
     feed_forward: int = 96,
+    image_size: int = 30,
     **options: Any,
 ) -> Any:
     """A model of a family, of that size, with weights under which answers depend on everything."""
@@ -47,7 +48,7 @@ def tiny_model(
         intermediate_size=96,
         num_hidden_layers=4,
         num_attention_heads=4,
-        image_size=30,
+        image_size=image_size,
         patch_size=6,
         projection_dim=32,
     )

@@ -21,7 +21,7 @@ from PIL import Image
 
 from prumerge_fast.errors import InputError, PruMergeError
 from prumerge_fast.harness.files import NO_ROOM
-from prumerge_fast.harness.options import AspectRatio, ConvTemplate, Dtype
+from prumerge_fast.harness.options import DEFAULT_FRAMES, AspectRatio, ConvTemplate, Dtype
 
 if TYPE_CHECKING:
     from prumerge_fast.reduction.config import PruMergeConfig
@@ -67,7 +67,8 @@ ModelOption = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="Folder or Hugging Face name of a LLaVA, such as llava-hf/llava-1.5-7b-hf.",
+        help="Folder or Hugging Face name of a LLaVA, such as llava-hf/llava-1.5-7b-hf, "
+        "llava-hf/llava-v1.6-vicuna-7b-hf or LanguageBind/Video-LLaVA-7B-hf.",
         show_default="the small demo model",
     ),
 ]
@@ -75,13 +76,15 @@ QuestionsOption = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE.jsonl",
-        help="Questions in LLaVA's format: question_id, image, text; optionally answer (or "
-        "label) and category.",
+        help="Questions in LLaVA's format: question_id, image (or video), text; optionally answer "
+        "(or label) and category.",
     ),
 ]
 ImageFolderOption = Annotated[
     Path | None,
-    typer.Option(help="Where the question file's images are.", show_default="beside the file"),
+    typer.Option(
+        help="Where the question file's images and videos are.", show_default="beside the file"
+    ),
 ]
 ConvTemplateOption = Annotated[
     ConvTemplate | None,
@@ -97,10 +100,14 @@ AspectRatioOption = Annotated[
         show_default="as the model's image processor, which may crop",
     ),
 ]
+FramesOption = Annotated[
+    int, _count_option("Frames of a video, from its first to its last, evenly.")
+]
 KeepOption = Annotated[
     str | None,
     typer.Option(
-        help="How many patch tokens to keep: a whole number, or a share such as 0.25.",
+        help="How many patch tokens to keep of an image, a crop (LLaVA-NeXT) or a frame: a whole "
+        "number, or a share such as 0.25.",
         show_default="each image decides",
     ),
 ]
@@ -129,9 +136,11 @@ JsonOption = Annotated[
 @app.command("compare")
 def _compare(
     context: typer.Context,
-    more_images: Annotated[
+    more_files: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[IMAGES]...", help="More images, as if after --images."),
+        typer.Argument(
+            metavar="[FILES]...", help="More after --images or --videos, as if after another one."
+        ),
     ] = None,
     model: ModelOption = None,
     images: Annotated[
@@ -141,11 +150,20 @@ def _compare(
             help="Images to ask about; of a folder, those right in it. HEIC needs pillow-heif.",
         ),
     ] = None,
+    videos: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE|FOLDER ...",
+            help="Videos to ask about, of a Video-LLaVA or LLaVA-NeXT-Video (extra: video).",
+        ),
+    ] = None,
+    frames: FramesOption = DEFAULT_FRAMES,
     prompt: Annotated[
         list[str] | None,
         typer.Option(
-            help="A question about every image; may be repeated. One that contains `<image>` is "
-            "taken as the whole prompt, another gets the model's chat format."
+            help="A question about every image and video; may be repeated. One that contains "
+            "`<image>` or `<video>` is taken as the whole prompt, another gets the model's chat "
+            "format."
         ),
     ] = None,
     questions: QuestionsOption = None,
@@ -206,17 +224,21 @@ def _compare(
 ) -> None:
     """LLaVA beside PruMerge and PruMerge+: tokens, time, memory, answers.
 
-    Without --images and --questions, asks about demo scenes that no one was trained on. Accuracy
-    and agreement compare answers in lower case, without punctuation at the ends and without a
-    leading article.
+    Without --images, --videos and --questions, asks about demo scenes that no one was trained on.
+    Accuracy and agreement compare answers in lower case, without punctuation at the ends and
+    without a leading article.
     """
     from prumerge_fast.cli.compare import CompareOptions, run
 
+    more_videos = after_option("--videos", context.obj, more_files or [])
+    more_images = [path for path in more_files or [] if path not in more_videos]
     run(
         CompareOptions(
             command=context.obj,
             model=model,
-            images=[*(images or []), *(more_images or [])],
+            images=[*(images or []), *more_images],
+            videos=[*(videos or []), *more_videos],
+            frames=frames,
             prompts=prompt or [],
             questions=questions,
             image_folder=image_folder,
@@ -246,7 +268,9 @@ def _compare(
 @app.command("show")
 def _show(
     context: typer.Context,
-    image: Annotated[str, typer.Argument(help="An image file, or demo:INDEX for a demo scene.")],
+    image: Annotated[
+        str, typer.Argument(help="An image or video file, or demo:INDEX for a demo scene.")
+    ],
     output: Annotated[
         Path | None,
         typer.Option(
@@ -257,6 +281,7 @@ def _show(
             show_default="IMAGE-VARIANT.png",
         ),
     ] = None,
+    frames: FramesOption = DEFAULT_FRAMES,
     model: ModelOption = None,
     image_aspect_ratio: AspectRatioOption = None,
     variant: Annotated[Variant, typer.Option()] = Variant.prumerge,
@@ -267,7 +292,10 @@ def _show(
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Class attention, kept tokens and merge neighbourhoods of one image, drawn over it."""
+    """Class attention, kept tokens and merge neighbourhoods of one image or video, drawn over it.
+
+    LLaVA-NeXT's crops are drawn in their places beside the overview, a video frame by frame.
+    """
     from prumerge_fast.cli.show import ShowOptions, run
 
     run(
@@ -275,6 +303,7 @@ def _show(
             command=context.obj,
             image=image,
             output=output,
+            frames=frames,
             model=model,
             image_aspect_ratio=_value(image_aspect_ratio),
             config=_config(variant, keep, neighbours, Merge.sum),
@@ -345,6 +374,7 @@ def _evaluate(
     image_folder: ImageFolderOption = None,
     conv_template: ConvTemplateOption = None,
     image_aspect_ratio: AspectRatioOption = None,
+    frames: FramesOption = DEFAULT_FRAMES,
     count: Annotated[
         int, _count_option("How many questions about demo scenes, without --questions.")
     ] = 2000,
@@ -353,7 +383,8 @@ def _evaluate(
         typer.Option(
             parser=_whole_number,
             metavar="N",
-            help="Visual tokens at which methods are compared; may be repeated.",
+            help="Visual tokens of an image, a crop or a frame at which methods are compared; may "
+            "be repeated.",
             show_default="8 16 32 64 128",
         ),
     ] = None,
@@ -389,6 +420,7 @@ def _evaluate(
             image_folder=image_folder,
             conv_template=_value(conv_template),
             image_aspect_ratio=_value(image_aspect_ratio),
+            frames=frames,
             count=count,
             budgets=list(dict.fromkeys(tokens or (8, 16, 32, 64, 128))),
             output=output,
@@ -408,6 +440,18 @@ def _doctor(context: typer.Context, as_json: JsonOption = False) -> None:
     from prumerge_fast.cli.doctor import run
 
     run(context.obj, as_json=as_json)
+
+
+def after_option(option: str, arguments: Sequence[str], files: Sequence[Path]) -> list[Path]:
+    """Those of the files, which stand by themselves among the arguments, that follow an option."""
+    found: set[Path] = set()
+    last = ""
+    for argument in arguments:
+        if argument.startswith("-"):
+            last = argument.split("=")[0]
+        elif last == option:
+            found.add(Path(argument))
+    return [file for file in files if file in found]
 
 
 def _value(choice: Enum | None) -> str | None:

@@ -1,4 +1,4 @@
-"""`compare`: the same images and prompts through LLaVA and LLaVA-PruMerge, side by side."""
+"""`compare`: the same images, videos and prompts through LLaVA and LLaVA-PruMerge, side by side."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from prumerge_fast.demo.items import items_from_demo
 from prumerge_fast.errors import InputError
 from prumerge_fast.evaluation import fingerprint
 from prumerge_fast.harness.answers import Answer, failures, failures_line, summarise
-from prumerge_fast.harness.folders import find_images
+from prumerge_fast.harness.folders import find_images, find_videos
 from prumerge_fast.harness.inputs import Item, items_from_images, items_from_jsonl
 from prumerge_fast.harness.models import Loaded, check_keep, load
-from prumerge_fast.harness.prompts import prepare_readable
+from prumerge_fast.harness.prompts import check_modalities, prepare_readable
 from prumerge_fast.harness.provenance import provenance
 from prumerge_fast.harness.questions import batches, decoded
 from prumerge_fast.harness.stages import Measurement, StageTimes, measure
@@ -36,6 +36,8 @@ class CompareOptions:
     command: list[str]
     model: str | None
     images: list[Path]
+    videos: list[Path]
+    frames: int
     prompts: list[str]
     questions: Path | None
     image_folder: Path | None
@@ -98,6 +100,7 @@ def run(options: CompareOptions) -> None:
         )
         for config in options.configs:
             check_keep(config, loaded.patches)
+        check_modalities(loaded, items)
         backend = resolve_backend(options.backend, loaded.device).name
         if options.answers is not None:
             _take_up(options, loaded, backend, policies, items)
@@ -123,9 +126,9 @@ def run(options: CompareOptions) -> None:
         result |= {"answered_by_earlier_runs": len(earlier), "failed": not_asked}
         _print(options, loaded, answers, results, result)
         if html is not None:
-            images = {item.image: item.load for item in items}
+            images = {item.image: item for item in items}
             panels = page.panels(
-                loaded, result, lambda name: images[name](), backend=options.backend
+                loaded, result, lambda name: images[name].load(), backend=options.backend
             )
             page.write(html, page.render(result, panels))
     if options.html is not None and not options.as_json:
@@ -162,24 +165,26 @@ def _print(
 
 def _items(options: CompareOptions) -> list[Item]:
     if options.questions is not None:
-        if options.images or options.prompts:
+        if options.images or options.videos or options.prompts:
             raise InputError(
-                "--questions: expected no --images and no --prompt beside it, because the file "
-                "names images and questions"
+                "--questions: expected no --images, --videos or --prompt beside it, because the "
+                "file names images, videos and questions"
             )
         folder = options.image_folder or options.questions.parent
-        return items_from_jsonl(options.questions, folder)
+        return items_from_jsonl(options.questions, folder, options.frames)
     if options.image_folder is not None:
         raise InputError("--image-folder: expected --questions beside it, got none")
-    if options.images:
+    if options.images or options.videos:
         if not options.prompts:
-            raise InputError("--prompt: expected at least one with --images, got none")
+            given = "--images" if options.images else "--videos"
+            raise InputError(f"--prompt: expected at least one with {given}, got none")
         found = find_images(options.images)
         if found.skipped:
             report.remark(found.remark())
-        return items_from_images(found.images, options.prompts)
+        videos = find_videos(options.videos)
+        return items_from_images(found.images, options.prompts, videos, options.frames)
     if options.prompts:
-        raise InputError("--images: expected at least one with --prompt, got none")
+        raise InputError("--images: expected at least one with --prompt, or --videos, got none")
     return items_from_demo(options.count)
 
 
@@ -338,6 +343,7 @@ def _settings(options: CompareOptions, loaded: Loaded, backend: str) -> dict[str
         "bits": options.bits,
         "conv_template": options.conv_template,
         "image_aspect_ratio": options.image_aspect_ratio,
+        "frames": options.frames if "video" in loaded.adapter.pixels else None,
         "backend": backend,
         "batch_size": options.batch_size,
         "max_new_tokens": options.max_new_tokens,
@@ -370,6 +376,7 @@ def _as_json(
             {
                 "question_id": said[0].item.question_id,
                 "image": said[0].item.image,
+                "modality": said[0].item.modality,
                 "question": said[0].item.text,
                 "expected": said[0].item.expected,
                 "category": said[0].item.category,

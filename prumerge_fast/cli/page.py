@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from PIL import Image
 
 from prumerge_fast.cli import report
 from prumerge_fast.cli.chart import Point, Series, chart
@@ -33,13 +32,17 @@ OUTLINES = {"prumerge": "#6db7f0", "prumerge-plus": "#4fd0a5"}  # as the style s
 
 @dataclass(frozen=True)
 class Panel:
-    """A picture as one policy uses it. `kept` is `None` where all `patches` are used."""
+    """A picture as one policy uses it. `kept` is `None` where all `patches` are used.
+
+    Several crops or frames are one picture of another `height` than `side`, its width.
+    """
 
     address: str
     side: int
     patches: int
     tokens: int
     kept: int | None
+    height: int | None = None
 
 
 @contextmanager
@@ -93,7 +96,7 @@ def write(file: TextIO, content: str) -> None:
 def panels(
     loaded: Loaded,
     run: Mapping[str, Any],
-    image: Callable[[str], Image.Image],
+    image: Callable[[str], Any],
     *,
     backend: str = "auto",
 ) -> dict[str, dict[str, Panel]]:
@@ -102,7 +105,7 @@ def panels(
     Args:
         loaded: The model of the run.
         run: What `compare --json` prints.
-        image: Gives an image of the run by its name.
+        image: Gives an image of the run, or the frames of a video, by its name.
         backend: Of `prune_merge`.
 
     Raises:
@@ -114,23 +117,28 @@ def panels(
         if row["config"] is not None
     }
     drawn: dict[str, dict[str, Panel]] = {}
-    for name in dict.fromkeys(answer["image"] for answer in run["answers"][:MOST_QUESTIONS]):
-        seen = look(loaded, image(name), name, configs, backend=backend)
-        grid = Grid(seen.image, loaded.patches, PANEL)
+    shown = run["answers"][:MOST_QUESTIONS]
+    for name, modality in {a["image"]: a.get("modality", "image") for a in shown}.items():
+        seen = look(loaded, image(name), name, configs, backend=backend, modality=modality)
+        panel = PANEL if len(seen.views) == 1 else PANEL // 3
+        views = [seen.views[number] for number in seen.drawn()]
+        grids = [Grid(view.image, len(view.attention), panel) for view in views]
+        patches = sum(len(view.patches) for view in seen.views)
         drawn[name] = {}
         for policy in run["results"]:
-            if policy not in configs:
-                whole = data_uri(grid.final(grid.image))
-                drawn[name][policy] = Panel(whole, grid.side, loaded.patches, loaded.patches, None)
-                continue
-            centres = seen.centres(policy)
-            picture = grid.outlined(centres, OUTLINES[report.SLUGS[policy]])
+            tiles = [
+                grid.outlined(view.kept[policy], OUTLINES[report.SLUGS[policy]])
+                if policy in configs
+                else grid.image
+                for grid, view in zip(grids, views, strict=True)
+            ]
+            whole = seen.arranged(
+                [grid.final(tile) for grid, tile in zip(grids, tiles, strict=True)]
+            )
+            kept = sum(len(view.kept[policy]) for view in seen.views) if policy in configs else None
+            tokens = seen.tokens.get(policy, seen.all_tokens)
             drawn[name][policy] = Panel(
-                data_uri(grid.final(picture)),
-                grid.side,
-                loaded.patches,
-                int(seen.merged[policy].lengths[0]),
-                len(centres),
+                data_uri(whole), whole.width, patches, tokens, kept, whole.height
             )
     return drawn
 

@@ -1,72 +1,171 @@
-"""What a vision tower sees of an image, and which of its patches are kept, drawn."""
+"""What a vision tower sees of an image or a video, and which of its patches are kept, drawn."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from prumerge_fast.families.encode import encode
+from prumerge_fast.families.base import Views
 from prumerge_fast.harness.models import Loaded
-from prumerge_fast.harness.prompts import check_pixels, framed
+from prumerge_fast.harness.prompts import check_pixels, model_inputs, pictures_of, placeholder
+from prumerge_fast.harness.videos import sampled
 from prumerge_fast.reduction.config import PruMergeConfig
 from prumerge_fast.reduction.dispatch import prune_merge
-from prumerge_fast.reduction.output import MergedTokens
+from prumerge_fast.reduction.padding import within_budget
+
+MOST_VIEWS = 8  # of a video that are drawn
+GAP = 6  # pixels between views
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """What is pruned on its own: an image, a crop of LLaVA-NeXT, a frame of a video.
+
+    Args:
+        image: As the vision tower sees it; square.
+        patches: Those that take part, in raster order: all but the padding around the image.
+        keys: [n, C], of these patches.
+        attention: [N], class attention of all patches, 0 in the padding.
+        kept: The patches that each policy keeps, by its name, in the order of its output.
+    """
+
+    image: Image.Image
+    patches: list[int]
+    keys: Tensor
+    attention: Tensor
+    kept: dict[str, list[int]]
 
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """One image, encoded and reduced.
+    """One image or video, encoded and reduced.
 
     Args:
-        image: As the vision tower sees it; square.
-        keys: [1+N, C], of the class token and the patches.
-        merged: What each policy made of it, by the policy's name; B = 1.
+        views: What is pruned each on its own: of LLaVA-NeXT's images the overview, then the crops
+            row by row.
+        grid: Rows and columns of the crops; `None` where there are none.
+        tokens: What the language model reads, by the policy's name.
+        all_tokens: What it reads of the unpruned image or video.
     """
 
-    image: Image.Image
-    keys: Tensor
-    merged: dict[str, MergedTokens]
+    views: list[View]
+    grid: tuple[int, int] | None
+    tokens: dict[str, int]
+    all_tokens: int
 
-    def centres(self, policy: str) -> list[int]:
-        """The patches that a policy keeps, in the order of its output."""
-        return [index for index in self.merged[policy].kept[0].tolist() if index >= 0]
+    def arranged(self, tiles: Sequence[Image.Image]) -> Image.Image:
+        """Pictures of the views that are `drawn`, of one size, in their places: the overview beside
+        the grid; frames in a row."""
+        if len(tiles) == 1:
+            return tiles[0]
+        places = [self._place(number) for number in range(len(tiles))]
+        width, height = (edge + GAP for edge in tiles[0].size)
+        rows, columns = (1 + max(edges) for edges in zip(*places, strict=True))
+        whole = Image.new("RGB", (columns * width - GAP, rows * height - GAP), "white")
+        for (row, column), tile in zip(places, tiles, strict=True):
+            whole.paste(tile, (column * width, row * height))
+        return whole
+
+    def _place(self, number: int) -> tuple[int, int]:
+        if self.grid is None or number == 0:
+            return 0, number
+        row, column = divmod(number - 1, self.grid[1])
+        return row, 1 + column
+
+    def drawn(self) -> list[int]:
+        """The views that a picture shows: all, or of a long video some, evenly."""
+        count = len(self.views)
+        if self.grid is not None or count <= MOST_VIEWS:
+            return list(range(count))
+        return sampled(count, MOST_VIEWS)
 
 
 def look(
     loaded: Loaded,
-    image: Image.Image,
+    picture: Any,
     name: str,
     configs: Mapping[str, PruMergeConfig],
     *,
     backend: str,
+    modality: str = "image",
 ) -> Seen:
-    """Encodes an image once and reduces it by every config.
+    """Encodes an image or a video once and reduces it by every config.
+
+    Args:
+        loaded: The model and its processor.
+        picture: An image, or the frames [F, height, width, 3] of a video.
+        name: Of the picture.
+        configs: By the names of policies.
+        backend: Of `prune_merge`.
+        modality: "image" or "video".
 
     Raises:
-        InputError: The processed pixels of the image (by its `name`) are not finite.
+        InputError: The processed pixels are not finite.
     """
-    processor = loaded.processor.image_processor
-    framed_image = framed(loaded, image)
-    pixel_values = processor(framed_image, return_tensors="pt")["pixel_values"]  # [1, 3, H, W]
-    check_pixels(pixel_values, [name])
+    is_image = modality == "image"
+    token = placeholder(loaded, modality)
+    inputs = model_inputs(
+        loaded, [token], [picture] if is_image else [], [] if is_image else [picture]
+    )
+    given = pictures_of(loaded, inputs)
+    check_pixels(given[loaded.adapter.pixels[modality]], [name], modality)
+    adapter, model = loaded.adapter.reading_once(), loaded.model
     with torch.inference_mode():
-        query, keys, hidden = encode(loaded.model, pixel_values.to(loaded.device, loaded.dtype))
-        merged = {
-            policy: prune_merge(query, keys, hidden, config, backend=backend)
+        views = adapter.views(model, modality, given)
+        encoded = {
+            policy: adapter.encode(model, given, config, backend)[modality]
             for policy, config in configs.items()
         }
+    processor = getattr(loaded.processor, f"{modality}_processor")
     mean, std = (
         torch.tensor(v)[:, None, None] for v in (processor.image_mean, processor.image_std)
     )
-    pixels = (pixel_values[0] * std + mean).clamp(0, 1) * 255  # [3, H, W]
-    seen = Image.fromarray(pixels.round().byte().permute(1, 2, 0).numpy())
-    return Seen(seen, keys[0], merged)
+    pixels = (views.pixels.float().cpu() * std + mean).clamp(0, 1) * 255  # [K, 3, H, W]
+    images = pixels.round().byte().permute(0, 2, 3, 1).numpy()
+    return Seen(
+        [
+            _view(Image.fromarray(image), views, number, configs, backend)
+            for number, image in enumerate(images)
+        ],
+        views.grids[0] if views.grids else None,
+        {policy: tokens.lengths[0] for policy, tokens in encoded.items()},
+        int((inputs["input_ids"] == adapter.placeholder_id(model, modality)).sum()),
+    )
+
+
+@torch.inference_mode()
+def _view(
+    image: Image.Image,
+    views: Views,
+    number: int,
+    configs: Mapping[str, PruMergeConfig],
+    backend: str,
+) -> View:
+    patches = views.valid[number].nonzero()[:, 0]  # [n]
+    rows = torch.nn.functional.pad(patches + 1, (1, 0)).to(views.hidden.device)  # [1+n]
+    keys, hidden = views.keys[number, rows], views.hidden[number, rows]  # [1+n, C]
+    attention = torch.zeros(views.valid.shape[1])  # [N]
+    kept: dict[str, list[int]] = {policy: [] for policy in configs}
+    if len(patches):
+        for policy, config in configs.items():
+            merged = prune_merge(
+                views.query[number, None],
+                keys[None],
+                hidden[None],
+                within_budget(config, len(patches)),
+                backend=backend,
+            )
+            attention[patches] = merged.attention[0].float().cpu()
+            chosen = merged.kept[0].cpu()
+            kept[policy] = patches[chosen[chosen >= 0]].tolist()
+    return View(image, patches.tolist(), keys[1:], attention, kept)
 
 
 class Grid:

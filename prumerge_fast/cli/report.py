@@ -91,7 +91,8 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
 def answers_table(answers: Mapping[str, Sequence[Answer]]) -> Table:
     """Every question with what each policy answered."""
     table = Table(title="Answers", title_justify="left", show_lines=True)
-    for heading in ("image", "question", *answers):
+    asked = {answer.item.modality for answer in next(iter(answers.values()))}
+    for heading in (" or ".join(sorted(asked)), "question", *answers):
         table.add_column(heading, overflow="fold")
     for said in zip(*answers.values(), strict=True):
         item = said[0].item

@@ -1,9 +1,11 @@
-"""`show`: what PruMerge does to one image, drawn over it."""
+"""`show`: what PruMerge does to one image or video, drawn over it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -11,12 +13,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from prumerge_fast.cli import report
-from prumerge_fast.cli.pictures import Grid, look
+from prumerge_fast.cli.pictures import Grid, Seen, View, look
 from prumerge_fast.demo import MODEL_DIR
 from prumerge_fast.demo.items import image_by_name
 from prumerge_fast.errors import InputError
 from prumerge_fast.harness.models import check_keep, load
+from prumerge_fast.harness.prompts import check_modality
 from prumerge_fast.harness.provenance import provenance
+from prumerge_fast.harness.videos import VIDEO_SUFFIXES, read_video
 from prumerge_fast.reduction.config import PruMergeConfig
 from prumerge_fast.reduction.dispatch import resolve_backend
 from prumerge_fast.reduction.reference import nearest
@@ -24,6 +28,8 @@ from prumerge_fast.reduction.reference import nearest
 PANEL = 480  # pixels of one panel's side, at least
 CAPTION = 44
 GAP = 12
+SHOWN = "shown"  # the one policy's name
+_VIDEOS = tuple(suffix for suffix in VIDEO_SUFFIXES if suffix != ".gif")
 STRONGEST = 4  # centres whose neighbours are drawn
 COLOURS = ((255, 92, 92), (80, 200, 255), (255, 214, 64), (140, 240, 120))
 # Black, violet, orange, pale yellow: dark to bright, so that the order survives a grey print.
@@ -37,6 +43,7 @@ class ShowOptions:
     command: list[str]
     image: str
     output: Path | None
+    frames: int
     model: str | None
     image_aspect_ratio: str | None
     config: PruMergeConfig
@@ -58,7 +65,12 @@ def run(options: ShowOptions) -> None:
         raise InputError(f"--output: expected a name that ends in .png, got {output}")
     if output.exists() and output.resolve() == Path(options.image).resolve():
         raise InputError(f"--output: expected another file than the image, got {output}")
-    image = image_by_name(options.image)
+    modality = "video" if Path(options.image).suffix.lower() in _VIDEOS else "image"
+    picture: Any = (
+        read_video(Path(options.image), options.frames)
+        if modality == "video"
+        else image_by_name(options.image)
+    )
     loaded = load(
         options.model or MODEL_DIR,
         dtype=options.dtype,
@@ -66,73 +78,124 @@ def run(options: ShowOptions) -> None:
         image_aspect_ratio=options.image_aspect_ratio,
     )
     check_keep(options.config, loaded.patches)
+    check_modality(loaded, modality, options.image)
     backend = resolve_backend(options.backend, loaded.device).name
 
-    seen = look(loaded, image, options.image, {"shown": options.config}, backend=options.backend)
-    merged, centres = seen.merged["shown"], seen.centres("shown")
-    attention = merged.attention[0].float().cpu()  # [N]
-    strongest = sorted(centres, key=lambda index: -float(attention[index]))[:STRONGEST]
-    unit_keys = normalize(seen.keys[1:].float(), dim=-1)  # [N, C]
-    links = {centre: nearest(unit_keys, centre, options.config.neighbours) for centre in strongest}
-    picture = draw(seen.image, attention, centres, links)
+    seen = look(
+        loaded,
+        picture,
+        options.image,
+        {SHOWN: options.config},
+        backend=options.backend,
+        modality=modality,
+    )
+    links = [_links(view, options.config.neighbours) for view in seen.views]
     try:
-        picture.save(output, "PNG")
+        draw(seen, links).save(output, "PNG")
     except OSError as error:
         raise InputError(f"--output: expected a writable file, got {output} ({error})") from None
 
-    tokens = int(merged.lengths[0])
+    tokens = seen.tokens[SHOWN]
     if options.as_json:
+        views = [
+            {
+                "patches": len(view.patches),
+                "kept": view.kept[SHOWN],
+                "attention": view.attention.tolist(),
+                "neighbours": links_,
+            }
+            for view, links_ in zip(seen.views, links, strict=True)
+        ]
         report.print_json(
             {
                 "image": options.image,
+                "modality": modality,
                 "output": str(output),
                 "model": loaded.name,
                 "backend": backend,
                 "config": asdict(options.config),
-                "patches": len(attention),
+                "all_tokens": seen.all_tokens,
                 "visual_tokens": tokens,
-                "kept": centres,
-                "attention": attention.tolist(),
-                "neighbours": links,
+                **(views[0] if len(views) == 1 else {"grid": seen.grid, "views": views}),
                 **provenance(options.command, loaded.device),
             }
         )
     else:
-        print(f"{output}: {tokens} of {len(attention)} visual tokens")
+        print(f"{output}: {tokens} of {seen.all_tokens} visual tokens")
 
 
-def draw(
-    image: Image.Image, attention: Tensor, centres: list[int], links: dict[int, list[int]]
-) -> Image.Image:
+def _links(view: View, neighbours: int) -> dict[int, list[int]]:
+    """What the strongest centres of a view merge: patches by centre."""
+    unit_keys = normalize(view.keys.float(), dim=-1)  # [n, C]
+    strongest = sorted(view.kept[SHOWN], key=lambda index: -float(view.attention[index]))
+    return {
+        centre: [
+            view.patches[near]
+            for near in nearest(unit_keys, view.patches.index(centre), neighbours)
+        ]
+        for centre in strongest[:STRONGEST]
+    }
+
+
+def draw(seen: Seen, links: list[dict[int, list[int]]]) -> Image.Image:
     """Three panels: class attention, kept centres, and the neighbours that some of them merge.
 
+    Side by side; where there are several crops or frames, one below the other.
+
     Args:
-        image: What the vision tower sees; square.
-        attention: [N], class attention of the patches, in raster order.
-        centres: Kept patches, in the order of the output.
-        links: Neighbours of some of the centres.
+        seen: What was pruned.
+        links: Of each view, neighbours of some of its centres.
     """
-    grid = Grid(image, len(attention), PANEL)
-    most = max((len(near) for near in links.values()), default=0)
+    several = len(seen.views) > 1
+    numbers = seen.drawn()
+    views = [seen.views[number] for number in numbers]
+    shown = [links[number] for number in numbers]
+    grids = [Grid(v.image, len(v.attention), PANEL // 2 if several else PANEL) for v in views]
+
+    def arranged(tiles: Iterable[Image.Image]) -> Image.Image:
+        return seen.arranged([g.final(tile) for g, tile in zip(grids, tiles, strict=True)])
+
+    kept = sum(len(view.kept[SHOWN]) for view in views)
+    patches = sum(len(view.patches) for view in views)
+    strongest = sum(map(len, shown))
+    most = max((len(near) for of_view in shown for near in of_view.values()), default=0)
+    highest = max(view.attention.max().item() for view in views)
+    frames = f" in {len(views)} frames" if several and seen.grid is None else ""
     panels = {
-        f"class attention, at most {attention.max():.1%}": _draw_attention(grid, attention),
-        f"{len(centres)} of {len(attention)} patches kept, in order": _draw_centres(grid, centres),
-        f"{len(links)} strongest centres, {most} neighbours each": _draw_links(
-            grid, centres, links
+        f"class attention, at most {highest:.1%}": arranged(
+            _draw_attention(grid, view.attention) for grid, view in zip(grids, views, strict=True)
+        ),
+        f"{kept} of {patches} patches kept{frames}, in order": arranged(
+            _draw_centres(grid, view.kept[SHOWN]) for grid, view in zip(grids, views, strict=True)
+        ),
+        f"{strongest} strongest centres, {most} neighbours each": arranged(
+            _draw_links(grid, view.kept[SHOWN], of_view)
+            for grid, view, of_view in zip(grids, views, shown, strict=True)
         ),
     }
-    width = len(panels) * (grid.side + GAP) + GAP
-    sheet = Image.new("RGB", (width, grid.side + CAPTION + GAP), "white")
+    return _sheet(panels, below=several)
+
+
+def _sheet(panels: dict[str, Image.Image], *, below: bool) -> Image.Image:
+    """Panels of one size with their captions above them: one below or beside the other."""
+    width, height = next(iter(panels.values())).size
+    step = (0, height + CAPTION) if below else (width + GAP, 0)
+    others = len(panels) - 1
+    size = (2 * GAP + width + others * step[0], CAPTION + height + GAP + others * step[1])
+    sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
     for number, (caption, panel) in enumerate(panels.items()):
-        left = GAP + number * (grid.side + GAP)
-        pen.text((left, CAPTION / 2), caption, "black", ImageFont.load_default(20), anchor="lm")
-        sheet.paste(grid.final(panel), (left, CAPTION))
+        left, top = GAP + number * step[0], number * step[1]
+        pen.text(
+            (left, top + CAPTION / 2), caption, "black", ImageFont.load_default(20), anchor="lm"
+        )
+        sheet.paste(panel, (left, top + CAPTION))
     return sheet
 
 
 def _draw_attention(grid: Grid, attention: Tensor) -> Image.Image:
-    share = np.sqrt(attention.numpy() / attention.max().item())  # [N]; the root lifts the tail
+    most = max(attention.max().item(), 1e-12)  # a crop may be all padding
+    share = np.sqrt(attention.numpy() / most)  # [N]; the root lifts the tail
     positions = np.linspace(0, 1, len(HEAT))
     colours = np.stack([np.interp(share, positions, HEAT[:, c]) for c in range(3)], axis=-1)
     tiles = Image.fromarray(colours.astype(np.uint8).reshape(grid.cells, grid.cells, 3))

@@ -1,14 +1,17 @@
 """Ways to reduce an image to a number of visual tokens, from the same encoded features.
 
-At a budget of T tokens, every policy hands the language model exactly T of them: those with a
-supplement choose T - 1 centres.
+At a budget of T tokens, every policy leaves exactly T of them of each image, crop or frame (all of
+one that has fewer): those with a supplement choose T - 1 centres. How the model puts them together,
+with newlines or class tokens, is its family's business.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from prumerge_fast.reduction.config import PruMergeConfig
 from prumerge_fast.reduction.dispatch import prune_merge
+from prumerge_fast.reduction.output import MergedTokens
 
 ALL_TOKENS = "all tokens"
 RANDOM = "random"
@@ -41,21 +45,8 @@ METHODS = (RANDOM, EVEN, *_CONFIGS)
 """Methods that are compared at equal budgets."""
 
 
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """B images as the vision tower left them.
-
-    Args:
-        query: [B, C] of the class token.
-        keys: [B, 1+N, C].
-        hidden: [B, 1+N, C], the features; row 0 is the class token's.
-        names: One for each image, which its random choices follow from.
-    """
-
-    query: Tensor
-    keys: Tensor
-    hidden: Tensor
-    names: Sequence[str]
+_CHOICE = PruMergeConfig(merge="none", supplement=False, order="raster")
+_EVERYTHING = _CHOICE.replace(keep=1.0)
 
 
 @dataclass(frozen=True)
@@ -64,25 +55,34 @@ class Policy:
 
     Args:
         method: What it does.
-        budget: T, the tokens of every image; `None` where the method decides.
-        reduce: Features of B images to the tokens [m, C] of each, before the projector.
+        budget: T, the tokens of every image, crop or frame; `None` where the method decides.
+        config: What `prune_merge` is told; its order is that of the model's tokens.
+        choose: What chooses patches in place of `prune_merge`, of n patches so many for an image
+            of that name.
     """
 
     method: str
     budget: int | None
-    reduce: Callable[[Encoded], list[Tensor]]
+    config: PruMergeConfig
+    choose: Callable[[int, int, str], list[int]] | None = None
 
     @property
     def name(self) -> str:
         """Unique among the policies of an evaluation."""
         return self.method if self.budget is None else f"{self.method} ({self.budget})"
 
+    def reduction(self, names: Sequence[str]) -> Callable[..., MergedTokens]:
+        """What reduces the images or videos of these names; called as `prune_merge` is."""
+        if self.choose is None or self.budget is None:
+            return prune_merge
+        return _choosing(self.choose, self.budget, names)
+
 
 def policies(budgets: Sequence[int], patches: int) -> list[Policy]:
     """All tokens, PruMerge and PruMerge+ as each image decides, and all methods at each budget.
 
     Args:
-        budgets: Tokens of an image.
+        budgets: Tokens of an image, a crop or a frame.
         patches: N.
 
     Raises:
@@ -94,18 +94,17 @@ def policies(budgets: Sequence[int], patches: int) -> list[Policy]:
                 f"tokens: expected 2 to N = {patches}, the number of patch tokens of an image, "
                 f"got {budget}"
             )
-    found = [Policy(ALL_TOKENS, None, _all)]
+    found = [Policy(ALL_TOKENS, None, _EVERYTHING)]
     found += [
-        Policy(f"{name}, adaptive", None, _by_config(_CONFIGS[name]))
-        for name in (PRUMERGE, PRUMERGE_PLUS)
+        Policy(f"{name}, adaptive", None, _CONFIGS[name]) for name in (PRUMERGE, PRUMERGE_PLUS)
     ]
     for budget in budgets:
         found += [
-            Policy(RANDOM, budget, _by_choice(random_patches, budget)),
-            Policy(EVEN, budget, _by_choice(even_patches, budget)),
+            Policy(RANDOM, budget, _CHOICE.replace(keep=budget), random_patches),
+            Policy(EVEN, budget, _CHOICE.replace(keep=budget), even_patches),
         ]
         found += [
-            Policy(name, budget, _by_config(config.replace(keep=budget - config.supplement)))
+            Policy(name, budget, config.replace(keep=budget - config.supplement))
             for name, config in _CONFIGS.items()
         ]
     return found
@@ -120,9 +119,12 @@ def random_patches(patches: int, count: int, name: str) -> list[int]:
 def even_patches(patches: int, count: int, name: str = "") -> list[int]:
     """`count` patches on a grid as square as `count` allows, in raster order, for every `name`.
 
-    The image's patches are a square; rows of the grid differ by one patch where it must.
+    The image's patches are a square; rows of the grid differ by one patch where it must. Of a crop
+    with padding, whose patches are none, they are evenly spaced in raster order.
     """
     side = math.isqrt(patches)
+    if side * side != patches:
+        return [(2 * i + 1) * patches // (2 * count) for i in range(count)]
     rows = round(math.sqrt(count))
     chosen = []
     for i in range(rows):
@@ -132,26 +134,33 @@ def even_patches(patches: int, count: int, name: str = "") -> list[int]:
     return chosen
 
 
-def _all(encoded: Encoded) -> list[Tensor]:
-    return list(encoded.hidden[:, 1:])
+def _choosing(
+    choose: Callable[[int, int, str], list[int]], budget: int, names: Sequence[str]
+) -> Callable[..., MergedTokens]:
+    """Patches by choice, called as `prune_merge` is: once, or for some of the crops at a time."""
+    calls = itertools.count()
 
-
-def _by_config(config: PruMergeConfig) -> Callable[[Encoded], list[Tensor]]:
-    def reduce(encoded: Encoded) -> list[Tensor]:
-        return prune_merge(encoded.query, encoded.keys, encoded.hidden, config).split()
-
-    return reduce
-
-
-def _by_choice(
-    choose: Callable[[int, int, str], list[int]], budget: int
-) -> Callable[[Encoded], list[Tensor]]:
-    def reduce(encoded: Encoded) -> list[Tensor]:
-        patches = encoded.hidden[:, 1:]  # [B, N, C]
-        device = patches.device
-        return [
-            tokens[torch.tensor(choose(len(tokens), budget, name), device=device)]
-            for tokens, name in zip(patches, encoded.names, strict=True)
-        ]
+    def reduce(query: Tensor, keys: Tensor, hidden: Tensor, *_: Any, **__: Any) -> MergedTokens:
+        patches = hidden[:, 1:]  # [K, n, C]
+        images, count = patches.shape[:2]
+        kept = torch.tensor(
+            [
+                choose(count, min(budget, count), name)
+                for name in _names_of_rows(names, images, next(calls))
+            ]
+        ).to(hidden.device)  # [K, T]
+        tokens = patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[2]))
+        lengths = torch.full_like(kept[:, 0], kept.shape[1], dtype=torch.int32)
+        return MergedTokens(tokens, lengths, kept.int(), patches.new_zeros(images, count))
 
     return reduce
+
+
+def _names_of_rows(names: Sequence[str], rows: int, call: int) -> list[str]:
+    """One for each image, and for each of several crops or frames another."""
+    each, rest = divmod(rows, len(names))
+    if (each, rest, call) == (1, 0, 0):
+        return list(names)
+    if rest:
+        return [f"{' '.join(names)} {call} {row}" for row in range(rows)]
+    return [f"{names[row // each]} {call} {row % each}" for row in range(rows)]

@@ -27,15 +27,14 @@ from prumerge_fast.evaluation.policies import (
     PRUMERGE_PLUS,
     RANDOM,
     TOP_K,
-    Encoded,
     Policy,
     policies,
 )
-from prumerge_fast.families.encode import encode
+from prumerge_fast.families.base import ImageTokens
 from prumerge_fast.harness.answers import failures, failures_line
 from prumerge_fast.harness.inputs import Item, items_from_jsonl
 from prumerge_fast.harness.models import Loaded, load
-from prumerge_fast.harness.prompts import prepare_readable
+from prumerge_fast.harness.prompts import check_modalities, pictures_of, prepare_readable
 from prumerge_fast.harness.provenance import provenance
 from prumerge_fast.patching.encoder_output import PrunedFeatures
 from prumerge_fast.patching.patch import patched
@@ -46,7 +45,6 @@ PAIRS = (
     *zip(ABLATION[1:], ABLATION, strict=False),
 )
 OVERALL = "overall"
-FAMILY = "LlavaForConditionalGeneration"
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,7 @@ class EvaluationOptions:
     image_folder: Path | None
     conv_template: str | None
     image_aspect_ratio: str | None
+    frames: int
     count: int
     budgets: list[int]
     output: Path | None
@@ -116,11 +115,7 @@ def run(options: EvaluationOptions, track: Track) -> dict[str, Any]:
         conv_template=options.conv_template,
         image_aspect_ratio=options.image_aspect_ratio,
     )
-    if not any(cls.__name__ == FAMILY for cls in type(loaded.model).__mro__):
-        raise InputError(
-            f"--model: expected a {FAMILY}, whose images have N patches each, got "
-            f"{type(loaded.model).__name__}"
-        )
+    check_modalities(loaded, items)
     try:
         chosen = policies(options.budgets, loaded.patches)
     except ValueError as error:
@@ -152,7 +147,8 @@ def _items(options: EvaluationOptions) -> list[Item]:
         if options.image_folder is not None:
             raise InputError("--image-folder: expected --questions beside it, got none")
         return items_from_demo(options.count)
-    items = items_from_jsonl(options.questions, options.image_folder or options.questions.parent)
+    folder = options.image_folder or options.questions.parent
+    items = items_from_jsonl(options.questions, folder, options.frames)
     unknown = sum(item.expected is None for item in items)
     if unknown:
         raise InputError(
@@ -199,6 +195,7 @@ def _settings(options: EvaluationOptions, loaded: Loaded) -> dict[str, Any]:
         "tokens": options.budgets,
         "conv_template": options.conv_template,
         "image_aspect_ratio": options.image_aspect_ratio,
+        "frames": options.frames,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "batch_size": options.batch_size,
         "max_new_tokens": options.max_new_tokens,
@@ -302,39 +299,60 @@ def answer_batch(
     if not batch:
         nothing: dict[str, list[Any]] = {policy.name: [] for policy in chosen}
         return {"texts": nothing, "tokens": nothing, "failed": failed}
-    encoded = Encoded(
-        *encode(loaded.model, inputs.pop("pixel_values")),
-        names=[f"{item.image} {item.question_id}" for item in batch],
-    )
+    pictures = pictures_of(loaded, inputs)
+    prompts = {name: value for name, value in inputs.items() if not _is_picture(loaded, name)}
+    once = loaded.adapter.reading_once()
     texts, tokens = {}, {}
     for policy in chosen:
-        reduced = policy.reduce(encoded)
-        tokens[policy.name] = [len(rows) for rows in reduced]
-        ids = generate(loaded, inputs, reduced, max_new_tokens)
+        encoded: dict[str, ImageTokens] = {}
+        lengths = [0] * len(batch)
+        for modality, pixels in once.pixels.items():
+            asked = [i for i, item in enumerate(batch) if item.modality == modality]
+            if not asked:
+                continue
+            names = [f"{batch[i].image} {batch[i].question_id}" for i in asked]
+            others = set(once.pixels.values()) - {pixels}
+            given = {name: value for name, value in pictures.items() if name not in others}
+            adapter = once.reading_once(policy.reduction(names))
+            encoded |= adapter.encode(loaded.model, given, policy.config, "auto")
+            for i, length in zip(asked, encoded[modality].lengths, strict=True):
+                lengths[i] = length
+        tokens[policy.name] = lengths
+        ids = generate(loaded, prompts, encoded, max_new_tokens)
         decoded = loaded.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
         texts[policy.name] = [text.strip() for text in decoded]
     return {"texts": texts, "tokens": tokens, "failed": failed}
 
 
-def generate(loaded: Loaded, inputs: Any, reduced: list[Tensor], max_new_tokens: int) -> Tensor:
-    """Greedy answers [B, new tokens] behind prompts whose images have these tokens [m, C]."""
-    lengths = [len(rows) for rows in reduced]
-    features = loaded.model.model.multi_modal_projector(torch.cat(reduced))  # [sum of m, D]
+def _is_picture(loaded: Loaded, name: str) -> bool:
+    return name in loaded.adapter.image_arguments
+
+
+def generate(
+    loaded: Loaded,
+    prompts: Mapping[str, Tensor],
+    encoded: Mapping[str, ImageTokens],
+    max_new_tokens: int,
+) -> Tensor:
+    """Greedy answers [B, new tokens] behind prompts whose images and videos have these tokens."""
     # A patched model takes images that are encoded already, as many tokens of each as there are.
-    image = PrunedFeatures(
-        pooler_output=list(features.split(lengths)),
-        placeholders=torch.full((len(lengths),), loaded.patches),
-    )
+    outputs = {
+        modality: PrunedFeatures(
+            pooler_output=list(tokens.features.split(tokens.lengths)),
+            placeholders=torch.tensor(tokens.placeholders),
+        )
+        for modality, tokens in encoded.items()
+    }
     with patched(loaded.model):
         sequences = loaded.model.generate(
-            **inputs,
-            mm_encoder_outputs={"image": image},
+            **prompts,
+            mm_encoder_outputs=outputs,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
             pad_token_id=loaded.processor.tokenizer.pad_token_id,
         )
-    return sequences[:, inputs["input_ids"].shape[1] :].cpu()
+    return sequences[:, prompts["input_ids"].shape[1] :].cpu()
 
 
 def score(items: Sequence[Item], chosen: Sequence[Policy], answers: Answers) -> dict[str, Any]:

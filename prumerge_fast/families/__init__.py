@@ -53,6 +53,11 @@ def adapter_for(model: object) -> BaseAdapter:
     return adapter_for_class(type(model))
 
 
+def adapter_named(name: str) -> BaseAdapter:
+    """The adapter of the family of a class in `FAMILIES`."""
+    return import_module(FAMILIES[name].module).ADAPTER
+
+
 def adapter_for_class(model_class: type) -> BaseAdapter:
     """The adapter of the family that a class, or one it derives from, belongs to.
 
@@ -61,7 +66,7 @@ def adapter_for_class(model_class: type) -> BaseAdapter:
     """
     for cls in model_class.__mro__:
         if cls.__name__ in FAMILIES:
-            return import_module(FAMILIES[cls.__name__].module).ADAPTER
+            return adapter_named(cls.__name__)
     for cls in model_class.__mro__:
         if cls.__name__ in _WITHOUT_CLASS_TOKEN:
             raise UnsupportedModelError(

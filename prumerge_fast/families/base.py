@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from prumerge_fast.reduction.config import PruMergeConfig
+from prumerge_fast.reduction.dispatch import prune_merge
+from prumerge_fast.reduction.output import MergedTokens
 from prumerge_fast.towers.wrappers import unwrapped
 
 
@@ -27,6 +30,27 @@ class ImageTokens:
     features: Tensor
     lengths: list[int]
     placeholders: list[int]
+
+
+class Views(NamedTuple):
+    """What is pruned each on its own, as the tower read it: K images, crops or frames.
+
+    Args:
+        query: [K, C] of the class token.
+        keys: [K, 1+n, C], the class token's first.
+        hidden: [K, 1+n, S * C].
+        valid: [K, n] bool; False for patches in the padding around an image, which take no part.
+        pixels: [K, 3, H, W].
+        grids: Rows and columns of each image's crops, which its overview comes before; empty where
+            images and frames are not cut.
+    """
+
+    query: Tensor
+    keys: Tensor
+    hidden: Tensor
+    valid: Tensor
+    pixels: Tensor
+    grids: Sequence[tuple[int, int]] = ()
 
 
 Override = Callable[[Any, Any, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -86,6 +110,18 @@ class Adapter(BaseAdapter):
     pixels: ClassVar[dict[str, str]] = {"image": "pixel_values"}
     """For each modality of the family, the argument that holds its pixels."""
 
+    reduce: Callable[..., MergedTokens] = staticmethod(prune_merge)
+    """What reduces patches, called as `prune_merge` is; `reading_once` gives a copy with another.
+    """
+
+    @abstractmethod
+    def tower(self, model: Any, modality: str) -> Any:
+        """The vision tower of a modality."""
+
+    def pooling(self, model: Any) -> Any:
+        """The module that pools the tower's features before they are pruned; `None` for none."""
+        return None
+
     @abstractmethod
     def placeholder_id(self, model: Any, modality: str) -> int:
         """Id of the placeholder token in prompts."""
@@ -103,3 +139,31 @@ class Adapter(BaseAdapter):
         self, model: Any, images: Mapping[str, Any], config: PruMergeConfig, backend: str
     ) -> dict[str, ImageTokens]:
         """Encode, prune, merge and project what is given, by modality."""
+
+    @abstractmethod
+    def read(
+        self, model: Any, modality: str, pixel_values: Tensor, images: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The arguments of `prune_merge` for K images, crops or frames [K, 3, height, width]."""
+
+    @abstractmethod
+    def views(self, model: Any, modality: str, images: Mapping[str, Any]) -> Views:
+        """What is pruned each on its own of these images or videos."""
+
+    def reading_once(self, reduce: Callable[..., MergedTokens] | None = None) -> Adapter:
+        """A copy for one batch, whose towers it runs once however often that is encoded.
+
+        Args:
+            reduce: What reduces patches in it; `None`: as here.
+        """
+        other, found = copy.copy(self), dict[str, tuple[Tensor, Tensor, Tensor]]()
+
+        def read(model: Any, modality: str, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+            if modality not in found:
+                found[modality] = self.read(model, modality, *given)
+            return found[modality]
+
+        other.read = read  # type: ignore[method-assign, assignment]
+        if reduce is not None:
+            other.reduce = reduce
+        return other

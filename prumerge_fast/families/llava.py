@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from prumerge_fast.errors import UnsupportedModelError
-from prumerge_fast.families.base import Adapter, ImageTokens, inner_model
+from prumerge_fast.families.base import Adapter, ImageTokens, Views, inner_model
 from prumerge_fast.reduction.config import PruMergeConfig
-from prumerge_fast.reduction.dispatch import prune_merge
 from prumerge_fast.reduction.output import MergedTokens
 from prumerge_fast.reduction.padding import within_budget
 from prumerge_fast.towers.clip import check_tower, num_patches, query_keys_hidden, reading_layer
@@ -38,7 +37,6 @@ class LlavaAdapter(Adapter):
     )
 
     def tower(self, model: Any, modality: str) -> Any:
-        """The vision tower of a modality."""
         return inner_model(model).vision_tower
 
     def check(self, model: Any) -> None:
@@ -74,7 +72,7 @@ class LlavaAdapter(Adapter):
     def read(
         self, model: Any, modality: str, pixel_values: Tensor, images: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`vision.query_keys_hidden` of pixels [B, 3, height, width], as the arguments ask for."""
+        """`towers.clip.query_keys_hidden` of pixels [B, 3, height, width], as the arguments ask."""
         strategy = images.get("vision_feature_select_strategy")
         if strategy is not None:
             _check_strategy(strategy)
@@ -142,11 +140,18 @@ class LlavaAdapter(Adapter):
     ) -> MergedTokens:
         """`prune_merge` of what `read` returned; of fewer patches than `keep`, all are kept."""
         config = within_budget(config, keys.shape[1] - 1)
-        return prune_merge(query, keys, hidden, config, backend=backend)
+        return self.reduce(query, keys, hidden, config, backend=backend)
 
     def placeholders(self, modality: str, patches: int) -> int:
         """Placeholders in the caller's prompt of an image or a frame with so many patches."""
         return patches
+
+    def views(self, model: Any, modality: str, images: Mapping[str, Any]) -> Views:
+        given = images[self.pixels[modality]]
+        pixels = stacked(given) if modality == "image" else video_frames(given)  # [K, 3, H, W]
+        query, keys, hidden = self.read(model, modality, pixels, images)
+        valid = torch.ones(hidden.shape[0], hidden.shape[1] - 1, dtype=torch.bool)  # [K, n]
+        return Views(query, keys, hidden, valid, pixels)
 
 
 def stacked(pixel_values: Any) -> Tensor:

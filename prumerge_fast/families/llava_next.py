@@ -12,15 +12,16 @@ none, as in the model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from prumerge_fast.families.base import ImageTokens, inner_model
+from prumerge_fast.families.base import ImageTokens, Views, inner_model
 from prumerge_fast.families.llava import LlavaAdapter
 from prumerge_fast.reduction.config import PruMergeConfig
+from prumerge_fast.reduction.output import MergedTokens
 from prumerge_fast.reduction.padding import prune_merge_unpadded
 
 
@@ -73,13 +74,24 @@ class LlavaNextAdapter(LlavaAdapter):
         crops = _crops(images["pixel_values"], counts)  # [K, 3, H, W]
         query, keys, hidden = self.read(model, "image", crops, images)
         layout = _layout(model, counts, sizes, self.num_patches(model))
-        rows = _prune_crops(query, keys, hidden, layout, config, backend)
+        rows = _prune_crops(query, keys, hidden, layout, config, backend, self.reduce)
 
         features = inner_model(model).multi_modal_projector(rows.tokens)  # [R, D]
         newline = _newline(model).to(features)[None]  # [1, D]
         index, lengths = _arrange(rows.crop, rows.patch, layout, config.order)
         features = torch.cat((features, newline))[index.to(features.device)]
         return ImageTokens(features, lengths, [len(places) for places in layout.images])
+
+    def views(self, model: Any, modality: str, images: Mapping[str, Any]) -> Views:
+        """Of images: all overviews and crops, but for those that only pad a batch."""
+        if modality != "image":
+            return super().views(model, modality, images)
+        sizes = images.get("image_sizes")
+        counts = _crop_counts(model, sizes)
+        crops = _crops(images["pixel_values"], counts)  # [K, 3, H, W]
+        layout = _layout(model, counts, sizes, self.num_patches(model))
+        grids = [_grid(model, size) for size in sizes]  # type: ignore[union-attr]
+        return Views(*self.read(model, "image", crops, images), layout.is_read, crops, grids)
 
 
 class _Layout(NamedTuple):
@@ -109,6 +121,15 @@ def _crop_counts(model: Any, image_sizes: Any) -> list[int]:
         )
     grids, side = model.config.image_grid_pinpoints, model.config.vision_config.image_size
     return [image_size_to_num_patches(size, grids, side) for size in image_sizes]
+
+
+def _grid(model: Any, image_size: Any) -> tuple[int, int]:
+    """Rows and columns of the crops of an image of this height and width."""
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+    grids, side = model.config.image_grid_pinpoints, model.config.vision_config.image_size
+    rows, columns = get_anyres_image_grid_shape(image_size, grids, side)
+    return int(rows), int(columns)
 
 
 def _crops(pixel_values: Any, counts: list[int]) -> Tensor:
@@ -155,9 +176,10 @@ def _prune_crops(
     layout: _Layout,
     config: PruMergeConfig,
     backend: str,
+    reduce: Callable[..., MergedTokens],
 ) -> _Rows:
     """Prune and merge each crop over its patches that are read; rows in the order of crops."""
-    merged = prune_merge_unpadded(query, keys, hidden, layout.is_read, config, backend)
+    merged = prune_merge_unpadded(query, keys, hidden, layout.is_read, config, backend, reduce)
     tokens, kept = zip(*merged, strict=True)  # of each crop [m, C] and [m]
     crop = torch.arange(len(merged)).repeat_interleave(torch.tensor(list(map(len, kept))))  # [R]
     patch = torch.cat(kept).long().cpu()  # [R]

@@ -24,6 +24,9 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
     pixels = IMAGES_AND_VIDEOS
     image_arguments = (*LlavaNextAdapter.image_arguments, "pixel_values_videos")
 
+    def pooling(self, model: Any) -> Any:
+        return inner_model(model).vision_resampler
+
     def read(
         self, model: Any, modality: str, pixel_values: Tensor, images: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,8 +34,7 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
         query, keys, hidden = super().read(model, modality, pixel_values, images)
         if modality == "image":
             return query, keys, hidden
-        pool = inner_model(model).vision_resampler
-        pooled = pool(hidden[:, 1:]).to(hidden.dtype)  # [V * F, n, C]
+        pooled = self.pooling(model)(hidden[:, 1:]).to(hidden.dtype)  # [V * F, n, C]
         means = _means(keys[:, 1:], model.config.spatial_pool_stride)  # [V * F, n, C]
         return query, torch.cat((keys[:, :1], means), 1), torch.cat((hidden[:, :1], pooled), 1)
 

@@ -1,4 +1,4 @@
-"""Which files of a folder are pictures: what phones, Macs, Windows and browsers put there."""
+"""Which files of a folder are pictures or videos: what phones, Macs and Windows put there."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from prumerge_fast.errors import InputError
 from prumerge_fast.harness.pictures import HEIF, NEEDS, opens
+from prumerge_fast.harness.videos import VIDEO_SUFFIXES
 
 _SUFFIXES = {
     "AVIF": (".avif",),
@@ -91,13 +92,45 @@ def find_images(paths: Iterable[Path]) -> Found:
     return found
 
 
+def find_videos(paths: Iterable[Path]) -> list[Path]:
+    """The files themselves and, for each folder, the videos right in it that are not hidden.
+
+    Raises:
+        InputError: A path does not exist, or a folder holds no video.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            if not path.is_file():
+                raise InputError(f"--videos: expected an existing file or folder, got {path}")
+            found.append(path)
+            continue
+        inside = [
+            one
+            for one in sorted(path.iterdir())
+            if one.suffix.lower() in VIDEO_SUFFIXES and one.is_file() and not _is_aside(one)
+        ]
+        if not inside:
+            raise InputError(
+                f"--videos: expected a folder with videos ({', '.join(VIDEO_SUFFIXES)}), "
+                f"got {path}, which holds none"
+            )
+        found += inside
+    return found
+
+
+def _is_aside(path: Path) -> bool:
+    """Whether a file is hidden, or another program's beside one that it has open."""
+    return path.name.startswith((".", "~$"))
+
+
 def _in_folder(folder: Path) -> Found:
     found = Found()
     for path in sorted(folder.iterdir()):
         suffix = path.suffix.lower()
         if suffix not in _FORMATS and suffix not in _UNREAD:
             continue
-        if path.name.startswith((".", "~$")) or path.is_dir():
+        if _is_aside(path) or path.is_dir():
             continue
         reason = _unreadable(path, suffix)
         if reason is None:

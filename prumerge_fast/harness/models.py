@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from prumerge_fast.errors import InputError, UnsupportedModelError
-from prumerge_fast.families import adapter_for
+from prumerge_fast.families import FAMILIES, adapter_for, adapter_named
+from prumerge_fast.families.base import Adapter
+from prumerge_fast.harness.processors import load_processor
 from prumerge_fast.harness.quantisation import quantisation_config
 from prumerge_fast.harness.sizes import check_sizes
 from prumerge_fast.reduction.config import PruMergeConfig
-
-_ARCHITECTURE = "LlavaForConditionalGeneration"  # what the stages are timed on
+from prumerge_fast.towers.wrappers import unwrapped
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,24 @@ class Loaded:
     conv_template: str | None = None
     image_aspect_ratio: str | None = None
 
+    @property
+    def adapter(self) -> Adapter:
+        """Of the model's family."""
+        return family_of(self.model)
+
+
+def family_of(model: Any) -> Adapter:
+    """The adapter of a model of transformers, wrapped or not.
+
+    Raises:
+        UnsupportedModelError: It is of no family that can be patched.
+        TypeError: It is of the original LLaVA package.
+    """
+    adapter = adapter_for(unwrapped(model))
+    if not isinstance(adapter, Adapter):
+        raise TypeError(f"model: expected a model of transformers, got {type(model).__name__}")
+    return adapter
+
 
 def load(
     model: str | Path,
@@ -49,7 +68,7 @@ def load(
     conv_template: str | None = None,
     image_aspect_ratio: str | None = None,
 ) -> Loaded:
-    """Loads a LLaVA from a folder or the hub.
+    """Loads a LLaVA, of any family of transformers that `patch` takes, from a folder or the hub.
 
     Args:
         model: Folder or hub name.
@@ -65,7 +84,6 @@ def load(
         UnsupportedModelError: PruMerge cannot work on this model of a supported family.
     """
     from huggingface_hub.utils import logging as hub_logging
-    from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging as transformers_logging
 
     # Standard error is for our own messages and, on a terminal, for the progress of downloads.
@@ -80,18 +98,14 @@ def load(
     else:
         transformers_logging.disable_progress_bar()
     config = read_config(source, "a folder or a hub name of a LLaVA")
-    if _ARCHITECTURE not in (config.architectures or ()):
-        raise InputError(
-            f"--model: expected a {_ARCHITECTURE}, got "
-            f"{' '.join(config.architectures or [config.model_type])} in {source}"
-        )
+    family, model_class = _family(config, source)
     try:
         check_sizes(config, "vision_config")  # of the text model, each kind has its own
     except UnsupportedModelError as error:
         raise InputError(f"--model {source}: {error}") from None
     try:
-        processor = AutoProcessor.from_pretrained(source)
-        found: Any = AutoModelForImageTextToText.from_pretrained(
+        processor = load_processor(source, config, takes_videos="video" in family.pixels)
+        found: Any = model_class.from_pretrained(
             source,
             dtype=precision,
             output_loading_info=True,
@@ -110,16 +124,40 @@ def load(
             f"--model: expected all weights in {source}, got none for "
             f"{len(loading['missing_keys'])} parameters, such as {min(loading['missing_keys'])}"
         )
-    adapter = adapter_for(llava)
-    adapter.check(llava)
+    family.check(llava)
     if bits is None:
         llava.to(target)
     processor.tokenizer.padding_side = "left"
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    patches = adapter.num_patches(llava)
+    patches = family.num_patches(llava)
     return Loaded(
         llava.eval(), processor, name, target, precision, patches, conv_template, image_aspect_ratio
+    )
+
+
+def _family(config: Any, source: str) -> tuple[Adapter, Any]:
+    """The family that a configuration names, and its class of models.
+
+    Raises:
+        InputError: It names none, or one that is not in transformers.
+    """
+    import transformers
+
+    names = config.architectures or [config.model_type]
+    known = [name for name in names if name in FAMILIES]
+    adapter = adapter_named(known[0]) if known else None
+    if isinstance(adapter, Adapter):
+        return adapter, getattr(transformers, known[0])
+    if adapter is not None:
+        raise InputError(
+            f"--model: expected a checkpoint of transformers, got {known[0]} of "
+            f"{FAMILIES[known[0]].title} in {source}, which can be patched in Python only"
+        )
+    taken = [name for name in FAMILIES if isinstance(adapter_named(name), Adapter)]
+    raise InputError(
+        f"--model: expected a {', '.join(taken[:-1])} or {taken[-1]}, got "
+        f"{' '.join(names)} in {source}"
     )
 
 

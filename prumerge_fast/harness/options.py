@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from enum import Enum
 
+DEFAULT_FRAMES = 8  # of a video
+
 
 class Dtype(str, Enum):
     auto = "auto"

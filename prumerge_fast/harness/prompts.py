@@ -1,4 +1,4 @@
-"""Questions and images as model inputs: in the checkpoint's own format, or in LLaVA-1.5's.
+"""Questions, images and videos as model inputs: in the checkpoint's own format, or in LLaVA-1.5's.
 
 The checkpoints of LLaVA-1.5 on the hub ask otherwise than LLaVA's own code: their chat template
 leaves out the system message, and their image processor crops what is not square.
@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from prumerge_fast.errors import PictureError
-from prumerge_fast.harness.inputs import IMAGE_TOKEN, Item
+from prumerge_fast.errors import InputError, PictureError
+from prumerge_fast.harness.inputs import IMAGE_TOKEN, VIDEO_TOKEN, Item
 from prumerge_fast.harness.models import Loaded
+from prumerge_fast.versions import takes_special_tokens_option
 
 # The system message of the conversation `vicuna_v1` in LLaVA's llava/conversation.py.
 _VICUNA_SYSTEM = (
@@ -30,14 +31,35 @@ def prepare(loaded: Loaded, items: Sequence[Item]) -> Any:
     Raises:
         PictureError: An image cannot be read, or its pixels are not finite once processed.
     """
+    check_modalities(loaded, items)
+    read = {kind: [item for item in items if item.modality == kind] for kind in ("image", "video")}
     with np.errstate(divide="ignore", invalid="ignore"):  # an error below, not a warning
         inputs = model_inputs(
             loaded,
             [format_prompt(loaded, item) for item in items],
-            [item.load() for item in items],
+            [item.load() for item in read["image"]],
+            [item.load() for item in read["video"]],
         )
-    check_pixels(inputs["pixel_values"], [item.image for item in items])
+    for modality, argument in loaded.adapter.pixels.items():
+        if read[modality]:
+            pixels = loaded.adapter.renamed(dict(inputs))[argument]
+            check_pixels(pixels, [item.image for item in read[modality]], modality)
     return inputs
+
+
+def check_modalities(loaded: Loaded, items: Sequence[Item]) -> None:
+    """`check_modality` of everything that is asked about."""
+    for item in items:
+        check_modality(loaded, item.modality, item.image)
+
+
+def check_modality(loaded: Loaded, modality: str, name: str) -> None:
+    """Raises InputError where a model does not take what is called `name`: a video."""
+    if modality not in loaded.adapter.pixels:
+        raise InputError(
+            f"--videos: expected a model that takes videos, got {loaded.name}, a "
+            f"{type(loaded.model).__name__}, which takes images only, and the video {name}"
+        )
 
 
 def prepare_readable(
@@ -69,18 +91,50 @@ def prepare_readable(
     return prepare(loaded, good) if good else None, failed
 
 
-def model_inputs(loaded: Loaded, prompts: list[str], images: Sequence[Image.Image]) -> Any:
-    """What the processor makes of whole prompts and the images of all of them, in order."""
-    # A chat template may have written the tokenizer's first token already.
-    first = loaded.processor.tokenizer.bos_token
+def model_inputs(
+    loaded: Loaded,
+    prompts: list[str],
+    images: Sequence[Image.Image],
+    videos: Sequence[np.ndarray] = (),
+) -> Any:
+    """What the processor makes of whole prompts, and of the images and videos of all of them.
+
+    Args:
+        loaded: The model and its processor.
+        prompts: B prompts with an image or video token for each of their images and videos.
+        images: In the order of the prompts.
+        videos: Frames [F, height, width, 3] uint8 of each, in the order of the prompts.
+    """
+    given: dict[str, Any] = {"videos": list(videos)} if videos else {}
+    prompts, given["add_special_tokens"] = _first_token_once(loaded.processor.tokenizer, prompts)
+    if not takes_special_tokens_option(loaded.processor):
+        first = "" if given.pop("add_special_tokens") else loaded.processor.tokenizer.bos_token
+        prompts = [prompt.removeprefix(first) for prompt in prompts]
     inputs = loaded.processor(
         images=[framed(loaded, image) for image in images] or None,
         text=prompts,
         padding=True,
         return_tensors="pt",
-        add_special_tokens=first is None or not prompts[0].startswith(first),
+        **given,
     )
     return inputs.to(loaded.device, loaded.dtype)
+
+
+def pictures_of(loaded: Loaded, inputs: Any) -> dict[str, Any]:
+    """What of model inputs describes images and videos, named as the family's adapter takes it."""
+    names = loaded.adapter.image_arguments
+    return loaded.adapter.renamed({name: inputs[name] for name in names if name in inputs})
+
+
+def _first_token_once(tokenizer: Any, prompts: list[str]) -> tuple[list[str], bool]:
+    """Prompts of which all have the tokenizer's first token already or none has, as a chat template
+    may have written it; and whether the tokenizer is to add it."""
+    first = tokenizer.bos_token
+    if first is None or not any(prompt.startswith(first) for prompt in prompts):
+        return prompts, True
+    if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:  # it would have to all of them
+        prompts = [first + prompt.removeprefix(first) for prompt in prompts]
+    return prompts, False
 
 
 def framed(loaded: Loaded, image: Image.Image) -> Image.Image:
@@ -99,33 +153,42 @@ def framed(loaded: Loaded, image: Image.Image) -> Image.Image:
     return image
 
 
-def check_pixels(pixel_values: torch.Tensor, names: Sequence[str]) -> None:
-    """Raises PictureError where an image's processed pixels [B, 3, H, W] are not finite."""
+def check_pixels(pixel_values: torch.Tensor, names: Sequence[str], modality: str = "image") -> None:
+    """Raises PictureError where processed pixels [B, ...] of an image or video are not finite."""
     finite = pixel_values.isfinite().flatten(1).all(1).tolist()  # [B]
     for name, good in zip(names, finite, strict=True):
         if not good:
             raise PictureError(
-                "expected finite pixel values from the model's image processor, "
-                f"got NaN or infinity for {name}"
+                f"expected finite pixel values from the model's {modality} processor, "
+                f"got NaN or infinity for {name}",
+                modality,
             )
 
 
 def format_prompt(loaded: Loaded, item: Item) -> str:
-    """The whole prompt of a question about one image."""
+    """The whole prompt of a question about one image or video."""
     if item.verbatim:
-        return item.text.replace(IMAGE_TOKEN, loaded.processor.image_token)
-    return chat_prompt(loaded, item.text, images=1)
+        token = placeholder(loaded, item.modality)
+        return item.text.replace(IMAGE_TOKEN, token).replace(VIDEO_TOKEN, token)
+    return chat_prompt(loaded, item.text, [item.modality])
 
 
-def chat_prompt(loaded: Loaded, text: str, images: int) -> str:
-    """A question behind its images: in the conversation asked for, by the processor's chat
-    template, or, where it has none, as in LLaVA-1.5 without the system message."""
+def placeholder(loaded: Loaded, modality: str) -> str:
+    """What the model's processor takes for an image or a video in a prompt."""
+    return getattr(loaded.processor, f"{modality}_token")
+
+
+def chat_prompt(loaded: Loaded, text: str, pictures: Sequence[str]) -> str:
+    """A question behind its pictures, each "image" or "video": in the conversation asked for, by
+    the processor's chat template, or, where it has none, as in LLaVA-1.5 without the system
+    message."""
     processor = loaded.processor
     if loaded.conv_template is None and processor.chat_template is not None:
-        content = [{"type": "image"}] * images + [{"type": "text", "text": text}]
+        content: list[dict[str, str]] = [{"type": modality} for modality in pictures]
+        content.append({"type": "text", "text": text})
         return processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
-    placeholders = f"{processor.image_token}\n" * images
+    placeholders = "".join(f"{placeholder(loaded, modality)}\n" for modality in pictures)
     system = "" if loaded.conv_template is None else f"{_VICUNA_SYSTEM} "
     return f"{system}USER: {placeholders}{text} ASSISTANT:"

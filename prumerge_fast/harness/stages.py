@@ -11,33 +11,40 @@ Nothing is run twice or simulated: hooks on the model's own modules take the tim
 | prefill     | there                              | logits of the first token         |
 | decode      | there                              | end of `generate`                 |
 
-`total` is the whole call, with what `generate` does before the vision tower. Unpatched, nothing
-happens between tower and projector, so prune+merge is `None`. On a GPU the marks are CUDA events,
-so that the clock itself never makes the host wait.
+A model that encodes images and videos in one call goes through the first three twice, which count
+together. Frames are pooled (LLaVA-NeXT-Video) as part of the vision stage. Newlines and the like
+are put between projected tokens in the prefill stage. `total` is the whole call, with what
+`generate` does before the vision tower. A stage that does not exist is `None`: unpatched, nothing
+happens between tower and projector, and a prompt without images has no vision. On a GPU the marks
+are CUDA events, so that the clock itself never makes the host wait.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from prumerge_fast.families.base import inner_model
+from prumerge_fast.harness.models import family_of
 from prumerge_fast.patching.patch import patched
 from prumerge_fast.reduction.config import PruMergeConfig
 from prumerge_fast.towers.clip import reading_layer
-from prumerge_fast.versions import cache_of, clip_transformer
+from prumerge_fast.towers.wrappers import unwrapped
+from prumerge_fast.versions import cache_of, clip_transformer, configured_feature_layer
 
 
 @dataclass(frozen=True)
 class StageTimes:
     """Seconds of one `generate` call, all of its images and prompts together."""
 
-    vision: float
+    vision: float | None
     prune_merge: float | None
-    projector: float
+    projector: float | None
     prefill: float
     decode: float
     total: float
@@ -64,7 +71,7 @@ class Measurement:
         answers: [B, new tokens], the ids behind the prompts.
         times: Seconds for the whole batch.
         cache_bytes: Keys and values of all layers, for the whole batch, padding included.
-        visual_tokens: Tokens of each image that the language model saw.
+        visual_tokens: Tokens of each prompt's images and videos that the language model saw.
     """
 
     answers: torch.Tensor
@@ -97,11 +104,8 @@ def measure(
             pad_token_id=_pad_token_id(model),
         )
         times = clock.stop()
-        if config is None:
-            is_image = inputs["input_ids"] == model.config.image_token_id
-            visual_tokens = is_image.sum(1).tolist()
-        else:
-            visual_tokens = list(model.prumerge.last_lengths)
+        kept = None if config is None else model.prumerge.last_lengths
+        visual_tokens = _visual_tokens(model, inputs["input_ids"], kept)
     prompt_length = inputs["input_ids"].shape[1]
     return Measurement(
         output.sequences[:, prompt_length:].cpu(),
@@ -120,6 +124,27 @@ def cache_bytes(cache: Any) -> int:
     )
 
 
+def _visual_tokens(model: Any, input_ids: torch.Tensor, kept: Sequence[int] | None) -> list[int]:
+    """Of each prompt [B, L]; `kept` has those of each image, then of each video, where pruned."""
+    family, llava = family_of(model), unwrapped(model)
+    counts = {
+        modality: (input_ids == family.placeholder_id(llava, modality)).sum(1).tolist()
+        for modality in family.pixels
+    }
+    if kept is None:
+        return [sum(of_prompt) for of_prompt in zip(*counts.values(), strict=True)]
+    owners = [i for of_modality in counts.values() for i, n in enumerate(of_modality) if n]
+    if len(owners) != len(kept):
+        raise ValueError(
+            "inputs: expected at most one image and one video a prompt, so that tokens count for "
+            f"their prompt, got {len(kept)} in {len(owners)} prompts"
+        )
+    tokens = [0] * len(input_ids)
+    for owner, length in zip(owners, kept, strict=True):
+        tokens[owner] += length
+    return tokens
+
+
 def _pad_token_id(model: Any) -> int:
     pad = model.generation_config.pad_token_id
     end = model.generation_config.eos_token_id
@@ -132,23 +157,29 @@ class _Clock:
     def __init__(self, model: Any, *, pruned: bool) -> None:
         self._model = model
         self._pruned = pruned
-        self._marks: dict[str, Any] = {}  # seconds, or CUDA events
+        self._marks: list[tuple[str, Any]] = []  # a stage, and when it began: seconds or an event
         self._hooks = ExitStack()
 
     def __enter__(self) -> _Clock:
-        llava = self._model.model
-        tower: Any = clip_transformer(llava.vision_tower)
-        self._before(tower.embeddings, "vision")
-        if self._pruned:
-            # The tower ends with the projections that the class attention needs.
-            index = reading_layer(llava.vision_tower, self._model.config.vision_feature_layer)
-            attention = tower.encoder.layers[index].self_attn
-            self._after(attention.q_proj, "vision end")
-            self._after(attention.k_proj, "vision end")
-        self._before(llava.multi_modal_projector, "projector")
-        self._after(llava.multi_modal_projector, "projector end")
-        self._after(self._model.get_output_embeddings(), "logits", only_first=True)
-        self._mark("start")
+        family, llava = family_of(self._model), unwrapped(self._model)
+        layer = configured_feature_layer(llava.config)
+        towers = {id(tower): tower for tower in (family.tower(llava, m) for m in family.pixels)}
+        for tower in towers.values():
+            transformer: Any = clip_transformer(unwrapped(tower))
+            self._before(transformer.embeddings, "vision")
+            if self._pruned:
+                # The tower ends with the projections that the class attention needs.
+                attention = transformer.encoder.layers[reading_layer(tower, layer)].self_attn
+                self._after(attention.q_proj, "prune_merge")
+                self._after(attention.k_proj, "prune_merge")
+        pooling = family.pooling(llava)
+        if pooling is not None and self._pruned:  # unpatched, the stage goes on to the projector
+            self._before(pooling, "vision")
+            self._after(pooling, "prune_merge")
+        self._before(inner_model(llava).multi_modal_projector, "projector")
+        self._after(inner_model(llava).multi_modal_projector, "prefill")
+        self._after(self._model.get_output_embeddings(), "decode", only_first=True)
+        self._mark("before")
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -157,22 +188,20 @@ class _Clock:
     def stop(self) -> StageTimes:
         """The times from entering until now."""
         self._mark("end")
-        vision_end = "vision end" if self._pruned else "projector"
+        last = self._marks[-1][1]
+        if not isinstance(last, float):
+            last.synchronize()
+        times: dict[str, float] = {}
+        for (stage, start), (_, end) in zip(self._marks, self._marks[1:], strict=False):
+            times[stage] = times.get(stage, 0.0) + _seconds(start, end)
         return StageTimes(
-            vision=self._between("vision", vision_end),
-            prune_merge=self._between(vision_end, "projector") if self._pruned else None,
-            projector=self._between("projector", "projector end"),
-            prefill=self._between("projector end", "logits"),
-            decode=self._between("logits", "end"),
-            total=self._between("start", "end"),
+            vision=times.get("vision"),
+            prune_merge=times.get("prune_merge"),
+            projector=times.get("projector"),
+            prefill=times.get("prefill", times["before"]),  # of prompts without images
+            decode=times["decode"],
+            total=_seconds(self._marks[0][1], last),
         )
-
-    def _between(self, start: str, end: str) -> float:
-        first, last = self._marks[start], self._marks[end]
-        if isinstance(first, float):
-            return last - first
-        last.synchronize()
-        return first.elapsed_time(last) / 1e3
 
     def _before(self, module: torch.nn.Module, name: str) -> None:
         handle = module.register_forward_pre_hook(lambda *_: self._mark(name))
@@ -188,8 +217,14 @@ class _Clock:
         self._hooks.callback(handle.remove)
 
     def _mark(self, name: str) -> None:
+        """Ends the stage before, and begins that of this name."""
         if self._model.device.type == "cuda":
-            self._marks[name] = torch.cuda.Event(enable_timing=True)
-            self._marks[name].record(torch.cuda.current_stream(self._model.device))
+            event: Any = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self._model.device))
+            self._marks.append((name, event))
         else:
-            self._marks[name] = time.perf_counter()
+            self._marks.append((name, time.perf_counter()))
+
+
+def _seconds(start: Any, end: Any) -> float:
+    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3

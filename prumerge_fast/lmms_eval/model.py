@@ -6,7 +6,8 @@ Batches are padded and answered at once; an error ends the run and leaves no emp
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, get_args
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
 
 import torch
 from accelerate import Accelerator
@@ -18,11 +19,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from prumerge_fast.errors import InputError
-from prumerge_fast.harness.inputs import IMAGE_TOKEN
+from prumerge_fast.harness.inputs import IMAGE_TOKEN, VIDEO_TOKEN
 from prumerge_fast.harness.models import check_keep, load
-from prumerge_fast.harness.options import AspectRatio, ConvTemplate, Dtype
+from prumerge_fast.harness.options import DEFAULT_FRAMES, AspectRatio, ConvTemplate, Dtype
 from prumerge_fast.harness.pictures import as_seen
-from prumerge_fast.harness.prompts import chat_prompt, model_inputs
+from prumerge_fast.harness.prompts import chat_prompt, model_inputs, placeholder
+from prumerge_fast.harness.videos import read_video
 from prumerge_fast.patching.patch import patch
 from prumerge_fast.reduction.config import PruMergeConfig, Variant
 
@@ -37,20 +39,28 @@ _CHOICES = {
 }
 
 
+class Picture(NamedTuple):
+    """An image, or the frames [F, height, width, 3] of a video; `modality` says which."""
+
+    modality: str
+    content: Any
+
+
 class LlavaPruMerge(lmms):
-    """A LLaVA of transformers for lmms-eval, patched.
+    """A LLaVA of transformers, of any family that `patch` takes, for lmms-eval, patched.
 
     Args:
         pretrained: Folder or Hugging Face name.
         variant: "prumerge", "prumerge+", or "none" for the model as it is.
         keep: How many patch tokens to keep: a number, or a share such as 0.25; `None` lets each
-            image decide.
+            image decide. Of an image, a crop (LLaVA-NeXT) or a frame.
         dtype: "auto" (float32 on a CPU, else float16), "float32", "bfloat16" or "float16".
         load_in_4bit: Language model in NF4 (bitsandbytes).
         conv_template: `None`: the processor's chat template, as `prumerge-fast compare`;
             "vicuna_v1": LLaVA-1.5's own conversation, which begins with a system message.
         image_aspect_ratio: `None`: as the image processor does, which crops for the checkpoints on
             the hub; "pad": made square with the processor's mean colour before, as in LLaVA-1.5.
+        frames: How many frames of a video are read, evenly from its first to its last.
         batch_size: Questions answered at once.
         device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:INDEX"; under
             `accelerate launch`, each process takes its own GPU.
@@ -74,6 +84,7 @@ class LlavaPruMerge(lmms):
         load_in_4bit: bool = False,
         conv_template: str | None = None,
         image_aspect_ratio: str | None = None,
+        frames: int = DEFAULT_FRAMES,
         batch_size: int | str = 1,
         device: str = "auto",
         max_batch_size: int | None = None,
@@ -90,6 +101,9 @@ class LlavaPruMerge(lmms):
         )
         if not isinstance(load_in_4bit, bool):
             raise TypeError(f"load_in_4bit: expected True or False, got {load_in_4bit!r}")
+        if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1:
+            raise ValueError(f"frames: expected a whole number >= 1, got {frames!r}")
+        self._frames = frames
         if variant == UNPRUNED:
             if keep is not None:
                 raise ValueError(f"keep: expected none beside variant={UNPRUNED}, got {keep}")
@@ -138,8 +152,8 @@ class LlavaPruMerge(lmms):
         with self._progress(len(requests)) as progress:
             for batch in batches.get_batched(n=self.batch_size):
                 options = batch[0][1]
-                images = [self._images(*args[2:]) for args in batch]
-                texts = self._answer([args[0] for args in batch], images, options)
+                pictures = [self._pictures(*args[2:]) for args in batch]
+                texts = self._answer([args[0] for args in batch], pictures, options)
                 for args, text in zip(batch, texts, strict=True):
                     self.cache_hook.add_partial("generate_until", (args[0], options), text)
                 answers += texts
@@ -157,8 +171,8 @@ class LlavaPruMerge(lmms):
             for context, target, visuals, number, task, split in (r.args for r in requests):
                 document = self.task_dict[task][split][number]
                 continuation = target if isinstance(target, str) else target(document)
-                images = self._images(visuals, number, task, split)
-                found.append(self._loss(context, str(continuation), images))
+                pictures = self._pictures(visuals, number, task, split)
+                found.append(self._loss(context, str(continuation), pictures))
                 progress.update()
         return found
 
@@ -166,27 +180,41 @@ class LlavaPruMerge(lmms):
         """Not supported."""
         raise NotImplementedError("llava_prumerge: expected tasks of one round, got several rounds")
 
-    def _images(self, visuals: Any, number: int, task: str, split: str) -> list[Image.Image]:
-        found = visuals(self.task_dict[task][split][number]) or []
-        for one in found:
-            if not isinstance(one, Image.Image):
+    def _pictures(self, visuals: Any, number: int, task: str, split: str) -> list[Picture]:
+        """Images, and videos, which lmms-eval gives by the names of their files."""
+        found = []
+        for one in visuals(self.task_dict[task][split][number]) or []:
+            if isinstance(one, Image.Image):
+                found.append(Picture("image", as_seen(one, f"that of {task} {number}")))
+            elif isinstance(one, (str, Path)) and "video" in self._loaded.adapter.pixels:
+                found.append(Picture("video", read_video(Path(one), self._frames)))
+            else:
+                taken = "images or files of videos"
+                if "video" not in self._loaded.adapter.pixels:
+                    taken = f"images, which are all that a {type(self.model).__name__} takes,"
                 raise TypeError(
-                    f"{task}: expected images for llava_prumerge, got {type(one).__name__}"
+                    f"{task}: expected {taken} for llava_prumerge, got {type(one).__name__}"
                 )
-        return [as_seen(image, f"that of {task} {number}") for image in found]
+        return found
 
-    def _prompt(self, context: str, images: Sequence[Image.Image]) -> str:
+    def _prompt(self, context: str, pictures: Sequence[Picture]) -> str:
         # Contexts of some tasks say where their images are.
-        missing = 0 if IMAGE_TOKEN in context else len(images)
-        text = context.replace(IMAGE_TOKEN, self._loaded.processor.image_token)
-        return chat_prompt(self._loaded, text, missing)
+        tokens = {"image": IMAGE_TOKEN, "video": VIDEO_TOKEN}
+        missing = [one.modality for one in pictures if tokens[one.modality] not in context]
+        for modality in self._loaded.adapter.pixels:
+            context = context.replace(tokens[modality], placeholder(self._loaded, modality))
+        return chat_prompt(self._loaded, context, missing)
 
-    def _inputs(self, prompts: list[str], images: list[list[Image.Image]]) -> Any:
-        return model_inputs(self._loaded, prompts, [image for some in images for image in some])
+    def _inputs(self, prompts: list[str], pictures: list[list[Picture]]) -> Any:
+        images, videos = (
+            [one.content for some in pictures for one in some if one.modality == modality]
+            for modality in ("image", "video")
+        )
+        return model_inputs(self._loaded, prompts, images, videos)
 
     @torch.inference_mode()
     def _answer(
-        self, contexts: list[str], images: list[list[Image.Image]], options: dict[str, Any]
+        self, contexts: list[str], pictures: list[list[Picture]], options: dict[str, Any]
     ) -> list[str]:
         given = dict(options)
         until = given.pop("until", None) or []
@@ -201,8 +229,8 @@ class LlavaPruMerge(lmms):
         sampling["do_sample"] = temperature != 0 and sampling.get("do_sample", bool(temperature))
         if not sampling["do_sample"]:  # transformers warns of what sampling alone reads
             sampling.update(temperature=None, top_p=None, top_k=None)
-        prompts = [self._prompt(*each) for each in zip(contexts, images, strict=True)]
-        inputs = self._inputs(prompts, images)
+        prompts = [self._prompt(*each) for each in zip(contexts, pictures, strict=True)]
+        inputs = self._inputs(prompts, pictures)
         tokenizer = self._loaded.processor.tokenizer
         output = self.model.generate(**inputs, **sampling, pad_token_id=tokenizer.pad_token_id)
         texts = tokenizer.batch_decode(
@@ -211,10 +239,8 @@ class LlavaPruMerge(lmms):
         return [_before(text, ends).strip() for text in texts]
 
     @torch.inference_mode()
-    def _loss(
-        self, context: str, continuation: str, images: list[Image.Image]
-    ) -> tuple[float, bool]:
-        prompt = self._prompt(context, images)
+    def _loss(self, context: str, continuation: str, pictures: list[Picture]) -> tuple[float, bool]:
+        prompt = self._prompt(context, pictures)
         # As LLaVA was trained: "ASSISTANT: answer".
         space = "" if prompt[-1:].isspace() or continuation[:1].isspace() else " "
         whole = f"{prompt}{space}{continuation}"
@@ -224,7 +250,7 @@ class LlavaPruMerge(lmms):
             raise ValueError(
                 f"loglikelihood: expected a continuation with tokens, got {continuation!r}"
             )
-        inputs = self._inputs([whole], [images])
+        inputs = self._inputs([whole], [pictures])
         target = inputs["input_ids"][:, -count:]  # [1, T]
         # Patched, the prompt's part is shorter; the continuation's is the last either way.
         logits = self.model(**inputs).logits[:, -count - 1 : -1].float()  # [1, T, V]

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from prumerge_fast.reduction.config import PruMergeConfig
 from prumerge_fast.reduction.dispatch import prune_merge
+from prumerge_fast.reduction.output import MergedTokens
 
 
 def prune_merge_unpadded(
-    query: Tensor, keys: Tensor, hidden: Tensor, valid: Tensor, config: PruMergeConfig, backend: str
+    query: Tensor,
+    keys: Tensor,
+    hidden: Tensor,
+    valid: Tensor,
+    config: PruMergeConfig,
+    backend: str,
+    reduce: Callable[..., MergedTokens] = prune_merge,
 ) -> list[tuple[Tensor, Tensor]]:
     """`prune_merge` of each image as if it had its valid patches only.
 
@@ -23,6 +32,7 @@ def prune_merge_unpadded(
         valid: [B, N] bool, on any device; False for padding.
         config: What to keep and how to merge.
         backend: As in `prune_merge`.
+        reduce: Called as `prune_merge` is, in its place, for the images of as many patches.
 
     Returns:
         For each image its tokens [m, C] and the patch index [m] of each, -1 for the supplement;
@@ -36,7 +46,7 @@ def prune_merge_unpadded(
         patches = valid[images].nonzero()[:, 1].view(-1, count)  # [b, n]
         rows = torch.nn.functional.pad(patches + 1, (1, 0)).to(hidden.device)  # [b, 1+n]
         chosen = images.to(hidden.device)  # [b]
-        merged = prune_merge(
+        merged = reduce(
             query[chosen],
             keys[chosen[:, None], rows],  # [b, 1+n, C]
             hidden[chosen[:, None], rows],  # [b, 1+n, C]

@@ -285,7 +285,10 @@ def test_ctrl_c(command, tmp_path):
         (["--device", "tpu"], r"--device: expected auto, cpu, cuda or cuda:INDEX, got 'tpu'"),
         (["--device", "cuda:99"], r"--device: expected one of the \d+ CUDA devices .*'cuda:99'"),
         (["--images", "gone.png"], r"--images: expected an existing file or folder, got gone\.png"),
-        (["--prompt", "<image><image>"], r"--prompt: expected at most one <image>, got 2"),
+        (
+            ["--prompt", "<image><image>"],
+            r"--prompt: expected at most one <image> or <video>, got 2",
+        ),
         (["--questions", "q.jsonl"], r"--questions: expected no --images"),
         (["--image-folder", "x"], r"--image-folder: expected --questions"),
         (["--model", "nowhere/at-all"], r"--model: expected .* got nowhere/at-all"),
@@ -338,9 +341,9 @@ def test_folders_without_a_usable_model(command, folder, tmp_path, capsys):
     assert "expected a folder with config.json" in refusal(capsys, *command, "--model", tmp_path)
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"model_type": "bert"}))
-    assert "expected a LlavaForConditionalGeneration, got bert" in refusal(
-        capsys, *command, "--model", tmp_path
-    )
+    message = refusal(capsys, *command, "--model", tmp_path)
+    assert "expected a LlavaForConditionalGeneration, LlavaNextForCond" in message
+    assert "or VipLlavaForConditionalGeneration, got bert" in message
     config.write_text(json.dumps({"model_type": "no-such-model"}))
     assert "no-such-model" in refusal(capsys, *command, "--model", tmp_path)
     config.write_text("{")

@@ -1,6 +1,5 @@
 """The evaluation: its policies, its measures against closed forms, and the command."""
 
-import dataclasses
 import importlib
 import json
 import math
@@ -91,9 +90,9 @@ def test_every_method_spends_its_budget(chosen, answered):
 
 def test_policies_hand_over_the_tokens_that_they_choose(chosen):
     hidden = torch.arange(2 * 26.0).reshape(2, 26, 1)  # 5 x 5 patches
-    encoded = policies.Encoded(torch.ones(2, 1), torch.ones_like(hidden), hidden, ["a", "b"])
+    given = torch.ones(2, 1), torch.ones_like(hidden), hidden
     found = {
-        policy.method: policy.reduce(encoded)
+        policy.method: policy.reduction(["a", "b"])(*given, policy.config, backend="auto").split()
         for policy in policies.policies([4], 25)
         if policy.method in (policies.ALL_TOKENS, policies.RANDOM, policies.EVEN)
     }
@@ -837,11 +836,3 @@ def test_images_whose_names_are_no_unicode(ask, photos, tmp_path, capsys):
     path.write_text(json.dumps({"question_id": 0, "image": name, "text": "what ?", "answer": "w"}))
     given = [tmp_path if argument is photos else argument for argument in ask]
     assert main([*map(str, given), "--json"]) == 0
-
-
-def test_models_of_other_families(command, capsys, monkeypatch, demo):
-    other = dataclasses.replace(demo, model=torch.nn.Identity())
-    monkeypatch.setattr(run, "load", lambda *_, **__: other)
-    message = refusal(capsys, *command[0])
-    assert "--model: expected a LlavaForConditionalGeneration" in message
-    assert "got Identity" in message

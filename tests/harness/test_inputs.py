@@ -153,7 +153,9 @@ def test_every_prompt_about_every_image(picture):
         (2, "What?", False),
         (3, "USER: <image> Why? ASSISTANT:", True),
     ]
-    with pytest.raises(InputError, match="--prompt: expected at most one <image>, got 2"):
+    with pytest.raises(
+        InputError, match="--prompt: expected at most one <image> or <video>, got 2"
+    ):
         items_from_images([picture], ["<image><image>"])
     with pytest.raises(InputError, match="--prompt: expected Unicode text, got "):
         items_from_images([picture], ["what is \udcff?"])

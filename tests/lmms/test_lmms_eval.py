@@ -14,7 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from saved_families import save, write_video
 
+from prumerge_fast.cli import main
 from prumerge_fast.demo import MODEL_DIR
 from prumerge_fast.demo.items import items_from_demo
 from prumerge_fast.errors import InputError, PruMergeError
@@ -103,6 +106,11 @@ def request(model: Any, context: str, second: Any, images: list[Any]) -> Any:
     return SimpleNamespace(args=(context, second, lambda doc: doc, number, "task", "test"))
 
 
+def picture_of(item: Any) -> Any:
+    """As the model holds the image of an item."""
+    return SimpleNamespace(modality="image", content=item.load())
+
+
 def test_loss_of_right_answers_is_least(build: Callable[..., Any]) -> None:
     model = build(",variant=prumerge+")
     item = next(item for item in items_from_demo(40) if item.expected == "yes")
@@ -120,10 +128,11 @@ def test_loss_is_that_of_labels(build: Callable[..., Any]) -> None:
     model = build(",variant=none")
     item = items_from_demo(1)[0]
     ((loss, _),) = model.loglikelihood([request(model, item.text, "red", [item.load()])])
-    prompt = model._prompt(item.text, [item.load()])
-    inputs = model._inputs([f"{prompt} red"], [[item.load()]])
+    pictures = [picture_of(item)]
+    prompt = model._prompt(item.text, pictures)
+    inputs = model._inputs([f"{prompt} red"], [pictures])
     ids = inputs["input_ids"]
-    before = model._inputs([prompt], [[item.load()]])["input_ids"]
+    before = model._inputs([prompt], [pictures])["input_ids"]
     assert ids.shape[1] == before.shape[1] + 1
     labels = ids.clone()
     labels[:, :-1] = -100
@@ -149,9 +158,10 @@ def test_prompts_without_images_several_images_and_stop_strings(build: Callable[
         ]
     )
     assert len(texts) == 3
-    prompts = [model._prompt("same?", [image] * n) for n in (0, 2)]
+    picture = picture_of(items_from_demo(1)[0])
+    prompts = [model._prompt("same?", [picture] * n) for n in (0, 2)]
     assert [prompt.count(model._loaded.processor.image_token) for prompt in prompts] == [0, 2]
-    assert model._prompt("<image> same?", [image]).count("<image>") == 1
+    assert model._prompt("<image> same?", [picture]).count("<image>") == 1
 
 
 @pytest.mark.parametrize(
@@ -187,7 +197,7 @@ def test_when_it_samples(
 
 
 def test_conversation_of_llava(build: Callable[..., Any]) -> None:
-    image = items_from_demo(1)[0].load()
+    image = picture_of(items_from_demo(1)[0])
     plain, llava = build(), build(",conv_template=vicuna_v1")
     for context, images in [("red?", [image]), ("<image> or <image>?", [image] * 2), ("red?", [])]:
         prompt = llava._prompt(context, images)
@@ -201,13 +211,13 @@ def test_padding_is_that_of_llava(build: Callable[..., Any], size: tuple[int, in
 
     model = build(",image_aspect_ratio=pad")
     picture = items_from_demo(1)[0].load().resize(size)
-    images = model._images(lambda doc: doc, *request(model, "", {}, [picture]).args[3:])
-    given = model._inputs([model._prompt("red?", images)], [images])["pixel_values"]
+    pictures = model._pictures(lambda doc: doc, *request(model, "", {}, [picture]).args[3:])
+    given = model._inputs([model._prompt("red?", pictures)], [pictures])["pixel_values"]
     expected = LlavaImageProcessorPil.from_pretrained(MODEL_DIR, do_pad=True)(
         picture, return_tensors="pt"
     )["pixel_values"]
     torch.testing.assert_close(given, expected)
-    cropped = build()._inputs([model._prompt("red?", images)], [[picture]])["pixel_values"]
+    cropped = build()._inputs([model._prompt("red?", pictures)], [pictures])["pixel_values"]
     assert torch.equal(given, cropped) == (size[0] == size[1])
 
 
@@ -245,6 +255,7 @@ def test_benchmarks_of_the_document_exist() -> None:
         (",variant=none,keep=8", ValueError, "keep: expected none beside variant=none, got 8"),
         (",dtype=int8", ValueError, "^dtype: expected 'auto' or 'float32'"),
         (",load_in_4bit=maybe", TypeError, "load_in_4bit: expected True or False, got 'maybe'"),
+        (",frames=0", ValueError, "^frames: expected a whole number >= 1, got 0"),
         (",batch_size=auto", ValueError, "batch_size: expected a whole number >= 1, got auto"),
         (",colour=red", TypeError, "unexpected keyword argument 'colour'"),
     ],
@@ -256,7 +267,40 @@ def test_bad_arguments(
         build(arguments)
 
 
+@pytest.mark.parametrize("family", ["LLaVA-NeXT", "Video-LLaVA", "LLaVA-NeXT-Video"])
+def test_families_answer_as_under_compare(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Images, and videos by the names of their files, in batches that mix both."""
+    folder = save(family, tmp_path / "model")
+    pictures: list[Any] = [tmp_path / f"{side}.png" for side in (40, 100)]
+    for path in pictures:
+        Image.effect_noise((int(path.stem), 50), 90).convert("RGB").save(path)
+    videos = []
+    if family != "LLaVA-NeXT":
+        videos = [write_video(tmp_path / f"{count}.mp4", count) for count in (2, 9)]
+    arguments = ["--model", folder, "--prompt", "what ?", "--frames", "3", "--keep", "3", "--json"]
+    arguments += ["--images", *pictures, *(["--videos", *videos] if videos else [])]
+    capsys.readouterr()
+    assert main(["compare", *map(str, arguments), "--max-new-tokens", "4"]) == 0
+    answers = json.loads(capsys.readouterr().out)["answers"]
+
+    model_class = get_model("llava_prumerge")
+    for variant, policy in POLICIES.items():
+        kept = "" if variant == "none" else ",keep=3"
+        model = model_class.create_from_arg_string(
+            f"pretrained={folder},device=cpu,frames=3,variant={variant}{kept}", {"batch_size": 3}
+        )
+        visuals = [Image.open(path) for path in pictures] + list(map(str, videos))
+        asked = [request(model, "what ?", {"max_new_tokens": 4}, [one]) for one in visuals]
+        assert model.generate_until(asked) == [said["answers"][policy] for said in answers]
+        placed = [request(model, "<image> ?", {"max_new_tokens": 4}, [visuals[0]])]
+        placed.append(request(model, "what ?", {"max_new_tokens": 4}, [visuals[0], visuals[-1]]))
+        assert len(model.generate_until(placed)) == 2
+
+
 def test_videos_are_refused(build: Callable[..., Any]) -> None:
     model = build()
-    with pytest.raises(TypeError, match="expected images for llava_prumerge, got str"):
+    says = "expected images, which are all that a LlavaForConditionalGeneration takes, .* got str"
+    with pytest.raises(TypeError, match=says):
         model.generate_until([request(model, "what?", {}, ["clip.mp4"])])
