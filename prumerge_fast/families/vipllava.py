@@ -1,7 +1,7 @@
 """ViP-LLaVA in transformers: `VipLlavaForConditionalGeneration`, with several feature layers.
 
 The features of a patch are those of all layers side by side; what scores and joins patches comes
-from the layer that reads the deepest of them (`vision.query_keys_hidden`).
+from the layer that reads the deepest of them (`towers.clip.query_keys_hidden`).
 """
 
 from __future__ import annotations
