@@ -123,8 +123,13 @@ def _forward(
 
 
 def _may_have_images(adapter: Adapter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    # The first argument is input_ids. The whole model passes on what it was not given, as `None`.
-    return len(args) > 1 or any(kwargs.get(name) is not None for name in adapter.image_arguments)
+    # The first argument is input_ids. The whole model passes on what it was not given, as `None`,
+    # and, in transformers 4, the feature layer in any case.
+    return len(args) > 1 or any(
+        kwargs.get(name) is not None
+        for name in adapter.image_arguments
+        if name.startswith("pixel_values") or name == "mm_encoder_outputs"
+    )
 
 
 def refuse_placeholder_mask(

@@ -426,8 +426,8 @@ def test_image_features(
             torch.testing.assert_close(actual, one)
         plain_form = model.get_image_features(PIXELS, layer, return_dict=False)
         assert all(map(torch.equal, plain_form[-1] if V5 else plain_form, features))
-    with pytest.raises(TypeError, match=r"get_image_features.*interpolate"):
-        model.get_image_features(PIXELS, interpolate_pos_encoding=True)
+    with pytest.raises(TypeError, match=r"get_image_features.*do_rescale"):
+        model.get_image_features(PIXELS, do_rescale=True)
 
 
 @pytest.mark.skipif(not V5, reason="transformers 4 does not take encoded images")
