@@ -120,14 +120,14 @@ def patch(
     adapter.check(instance)
     config.budget(adapter.num_patches(instance))  # raises when `keep` does not fit
     resolve_backend(backend, adapter.device(instance))
-    parts = _parts(instance)
-    if current is None:
-        for part in parts:
-            _check_methods(part, instance)
-        outer: Any = type(instance)
-        for part in parts:
-            _change_class(part, _patched_class(part.__class__, outer))
-    _set_state(parts, PruMergeState(config, backend, outputs))
+    before = _patched_parts(instance)
+    plain = [part for part in _parts(instance) if not any(m in before for m in part.modules())]
+    for part in plain:
+        _check_methods(part, instance)
+    outer: Any = type(instance) if current is None else type(instance)._prumerge_base
+    for part in plain:
+        _change_class(part, _patched_class(part.__class__, outer))
+    _set_state([*before, *plain], PruMergeState(config, backend, outputs))
     return model
 
 
@@ -144,7 +144,7 @@ def unpatch(model: Model) -> Model:
     instance: Any = unwrapped(model)
     if not is_patched(instance):
         raise ValueError(f"model: expected a patched model, got a plain {type(instance).__name__}")
-    parts = [part for part in _parts(instance) if is_patched(part)]
+    parts = _patched_parts(instance)
     for part in parts:
         if "_prumerge_base" not in vars(type(part)):
             raise UnsupportedModelError(
@@ -179,7 +179,7 @@ def patched(
         if before is not None:
             if not is_patched(model):
                 patch(model, before.config, backend=before.backend, outputs=before.outputs)
-            _set_state(_parts(instance), before)
+            _set_state(_patched_parts(instance), before)
         elif is_patched(model):
             unpatch(model)
 
@@ -192,6 +192,17 @@ def is_patched(model: object) -> bool:
 def _parts(model: Any) -> list[Any]:
     """What of a model changes its class: itself and, in transformers, its inner model."""
     return [model, inner_model(model)] if isinstance(adapter_for(model), Adapter) else [model]
+
+
+def _patched_parts(model: Any) -> list[Any]:
+    """Those that were patched together with the model, whatever stands around them since."""
+    if not is_patched(model):
+        return []
+    return [
+        part
+        for part in model.modules()
+        if hasattr(type(part), "_prumerge_base") and part.prumerge is model.prumerge
+    ]
 
 
 def _set_state(parts: list[Any], state: PruMergeState) -> None:
@@ -246,6 +257,10 @@ def _check_methods(part: Any, model: Any) -> None:
 
     A `forward` of its own on a whole model of transformers goes by the inner one, which prunes.
     """
+    if is_patched(part):
+        raise UnsupportedModelError(
+            f"model: its {type(part).__name__} was patched with another model; unpatch it first"
+        )
     own = part.__dict__.get("_old_forward", part.__dict__.get("forward"))
     adapter = adapter_for(model)
     replaced = own is not None and getattr(own, "__func__", None) is not type(part).forward
@@ -257,6 +272,11 @@ def _check_methods(part: Any, model: Any) -> None:
     whole = part is model or not isinstance(adapter, Adapter)
     overrides = overrides_of if whole else inner_overrides
     for name in overrides(adapter, type(part)):  # type: ignore[arg-type]
+        if not hasattr(type(part), name):
+            raise UnsupportedModelError(
+                f"model: expected an inner model with `{name}`, got a {type(part).__name__}; patch "
+                "before it is wrapped"
+            )
         if name != "forward" and name in part.__dict__:
             raise UnsupportedModelError(
                 f"model: expected the `{name}` of its class, but it was replaced on the instance"

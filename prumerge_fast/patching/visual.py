@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prumerge_fast.errors import UnsupportedModelError
 from prumerge_fast.families.arguments import named_arguments
-from prumerge_fast.families.base import Adapter, ImageTokens
+from prumerge_fast.families.base import Adapter, ImageTokens, inner_model
 from prumerge_fast.versions import is_4
 
 
@@ -54,7 +55,12 @@ def encode_images(
     model: Any, adapter: Adapter, images: Mapping[str, Any]
 ) -> dict[str, ImageTokens]:
     """Encode, prune, merge and project, by modality; note the lengths on `model.prumerge`."""
-    state = model.prumerge
+    inner, state = inner_model(model), model.prumerge
+    if not hasattr(inner, "prumerge"):
+        raise UnsupportedModelError(
+            f"model: its inner model is a {type(inner).__name__} that was put there after patching "
+            "and does not prune; undo that, or patch the model again"
+        )
     encoded = adapter.encode(model, images, state.config, state.backend)
     state.last_lengths = tuple(length for tokens in encoded.values() for length in tokens.lengths)
     return encoded

@@ -165,6 +165,74 @@ def test_the_plain_inner_forward_is_refused(model: Any) -> None:
         LlavaForConditionalGeneration.forward(model, **INPUTS)
 
 
+class Around(torch.nn.Module):
+    """A wrapper that nobody knows, around an inner model."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+
+@torch.no_grad()
+def test_another_inner_model_put_there_after_the_patch(model: Any) -> None:
+    old, model.model = model.model, tiny_llava().model
+    before = snapshot(model.model)
+    for call in (model, model.generate, model.get_image_features):
+        given = INPUTS if call != model.get_image_features else {"pixel_values": PIXELS}
+        with pytest.raises(UnsupportedModelError, match=r"LlavaModel that was put .* patch the mo"):
+            call(**given)
+    patch(model, keep=4)
+    seen = lengths_seen(model)
+    model.model(**INPUTS)
+    assert model.prumerge.last_lengths == (5,) * 4
+    assert seen[0] < WIDTH
+    model.model.language_model._forward_pre_hooks.clear()
+    model.model.language_model._forward_pre_hooks_with_kwargs.clear()
+    unpatch(model)
+    assert same(before, snapshot(model.model))
+    assert is_patched(old)
+    assert not is_patched(unpatch(old))
+
+
+@torch.no_grad()
+def test_the_inner_model_of_two_models(model: Any) -> None:
+    other = tiny_llava()
+    other.model = model.model
+    with pytest.raises(UnsupportedModelError, match="its LlavaModel was patched with another"):
+        patch(other, keep=3)
+    assert not is_patched(other)
+    model.model(**INPUTS)
+    assert model.prumerge.last_lengths == (6,) * 4
+    unpatch(model)
+    patch(other, keep=3).model(**INPUTS)
+    assert other.prumerge.last_lengths == (4,) * 4
+    assert model(**INPUTS).logits.shape[1] == WIDTH
+
+
+@torch.no_grad()
+def test_what_is_put_around_the_inner_model(model: Any) -> None:
+    model.model = Around(model.model)
+    patch(model, keep=3)
+    model(**INPUTS)
+    assert model.prumerge.last_lengths == (4,) * 4
+    model.model(**INPUTS)
+    assert model.prumerge.last_lengths == (4,) * 4
+    unpatch(model)
+    assert not is_patched(model.model.inner)
+    assert torch.equal(model(**INPUTS).logits, tiny_llava()(**INPUTS).logits)
+    with pytest.raises(UnsupportedModelError, match=r"an inner model with .* got a Around"):
+        patch(model)
+
+
 def test_outputs_are_caller_or_shrunk(model: Any) -> None:
     with pytest.raises(ValueError, match=r"outputs: expected 'caller' or 'shrunk' for .*'short'"):
         patch(model, outputs="short")
