@@ -247,7 +247,7 @@ def _rows_of_logits(layout: PromptLayout, arguments: dict[str, Any]) -> dict[str
     if isinstance(logits_to_keep, int) and logits_to_keep == 0:
         return {"logits": rows, "hidden_states": rows}
     columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-    kept = rows[:, columns]  # [B, k]
+    kept = rows[:, columns].contiguous()  # [B, k]
     arguments["logits_to_keep"] = needed = kept.unique()  # ascending
     return {"logits": torch.searchsorted(needed, kept), "hidden_states": rows}
 
@@ -267,7 +267,9 @@ def _continue_prompt(arguments: dict[str, Any], layout: PromptLayout) -> None:
     """Translate the arguments of a step behind a shrunk prompt, in place."""
     new = arguments.get("input_ids")
     if new is None:
-        new = arguments["inputs_embeds"]
+        new = arguments.get("inputs_embeds")
+    if new is None:
+        return  # the model itself says that it needs one of them
     rows, steps = new.shape[:2]
     layout = layout.for_rows(rows)
     cached = int(cache_of(arguments).get_seq_length())

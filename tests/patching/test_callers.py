@@ -94,6 +94,8 @@ def test_steps_behind_a_prompt_by_the_inner_model(model: Any) -> None:
     again = model(**INPUTS, use_cache=True)
     expected = model(**step, **{CACHE: again[CACHE]}).logits
     assert torch.equal(model.lm_head(hidden), expected)
+    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+        model.model(**{CACHE: again[CACHE]})
 
 
 @torch.no_grad()
