@@ -136,6 +136,22 @@ def test_hooks_that_change_something() -> None:
     torch.testing.assert_close(torch.cat(features), nothing.expand(4 * 6, -1))
 
 
+@torch.no_grad()
+def test_hooks_on_all_modules_change_nothing_in_what_runs() -> None:
+    model, called = patch(tiny_llava(), keep=5), []
+    hook = nn.modules.module.register_module_forward_hook(lambda m, *_: called.append(m))
+    try:
+        model(**INPUTS)
+    finally:
+        hook.remove()
+    transformer = clip_transformer(model.model.vision_tower)
+    reader = transformer.encoder.layers[3]
+    assert transformer.embeddings in called
+    assert called.count(reader.self_attn.k_proj) == 1
+    for module in (model.model.vision_tower, transformer.encoder, reader, reader.mlp):
+        assert module not in called
+
+
 def test_backward_hooks_on_the_tower_fire_for_nobody() -> None:
     """The last layer's output, which they would hang on, is in no loss, patched or not."""
     model, seen = tiny_llava(), []
