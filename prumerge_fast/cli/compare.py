@@ -178,11 +178,11 @@ def _items(options: CompareOptions) -> list[Item]:
         if not options.prompts:
             given = "--images" if options.images else "--videos"
             raise InputError(f"--prompt: expected at least one with {given}, got none")
-        found = find_images(options.images)
-        if found.skipped:
-            report.remark(found.remark())
-        videos = find_videos(options.videos)
-        return items_from_images(found.images, options.prompts, videos, options.frames)
+        images, videos = find_images(options.images), find_videos(options.videos)
+        for found in (images, videos):
+            if found.skipped:
+                report.remark(found.remark())
+        return items_from_images(images.files, options.prompts, videos.files, options.frames)
     if options.prompts:
         raise InputError("--images: expected at least one with --prompt, or --videos, got none")
     return items_from_demo(options.count)
