@@ -123,7 +123,7 @@ def run(options: EvaluationOptions, track: Track) -> dict[str, Any]:
     header = {} if options.output is None else _header(options, loaded, items, images)
     answers = answer_all(options, loaded, items, chosen, header, track)
     failed = failures(items, answers.failed)
-    pictures = len({item.image for item in items})
+    pictures = len({item.picture for item in items})
     if len(failed) == len(items):
         raise InputError(failures_line(pictures, failed))
     items = [item for number, item in enumerate(items) if number not in answers.failed]

@@ -655,7 +655,7 @@ def test_broken_pictures_are_tried_again(ask, question_file, capsys, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(inputs, "read_image", unreadable)
-        assert "none of the 1 pictures could be read" in refusal(capsys, *ask)
+        assert "the image could not be read" in refusal(capsys, *ask)
     assert main([*map(str, ask), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["failed"], found["answered"]["by_earlier_runs"]) == ([], 0)
