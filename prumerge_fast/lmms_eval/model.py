@@ -252,7 +252,6 @@ class LlavaPruMerge(lmms):
             )
         inputs = self._inputs([whole], [pictures])
         target = inputs["input_ids"][:, -count:]  # [1, T]
-        # Patched, the prompt's part is shorter; the continuation's is the last either way.
         logits = self.model(**inputs).logits[:, -count - 1 : -1].float()  # [1, T, V]
         loss = torch.nn.functional.cross_entropy(logits[0], target[0])
         return loss.item(), bool((logits.argmax(-1) == target).all())
