@@ -135,7 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
     with page.writable(options.output, "--output") as file:
         with script.taking_apart("--compare", options.compare):
             loaded = load(MODEL_DIR, dtype=run["settings"]["dtype"], device="cpu")
-            pictures = page.panels(loaded, run, image_by_name)
+            pictures = page.panels(loaded, run, lambda name, _: image_by_name(name))
             content = page.render(run, pictures, *plot)
         page.write(file, content)
     if options.screenshot:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from PIL import Image
+from typer.core import TyperOption
 
 from prumerge_fast.errors import InputError, PruMergeError
 from prumerge_fast.harness.files import NO_ROOM
@@ -230,8 +231,7 @@ def _compare(
     """
     from prumerge_fast.cli.compare import CompareOptions, run
 
-    more_videos = after_option("--videos", context.obj, more_files or [])
-    more_images = [path for path in more_files or [] if path not in more_videos]
+    more_images, more_videos = _after_which(context, more_files or [])
     run(
         CompareOptions(
             command=context.obj,
@@ -442,16 +442,28 @@ def _doctor(context: typer.Context, as_json: JsonOption = False) -> None:
     run(context.obj, as_json=as_json)
 
 
-def after_option(option: str, arguments: Sequence[str], files: Sequence[Path]) -> list[Path]:
-    """Those of the files, which stand by themselves among the arguments, that follow an option."""
-    found: set[Path] = set()
-    last = ""
-    for argument in arguments:
-        if argument.startswith("-"):
-            last = argument.split("=")[0]
-        elif last == option:
-            found.add(Path(argument))
-    return [file for file in files if file in found]
+def _after_which(context: typer.Context, files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Files that stand by themselves among the arguments: those behind --videos come second."""
+    options = [param for param in context.command.params if isinstance(param, TyperOption)]
+    flags = {name for option in options if option.is_flag for name in option.opts}
+    by_themselves: list[bool] = []  # whether each is a video
+    is_video = is_value = only_files = False
+    for argument in context.obj[1:]:  # behind the command's name
+        if is_value:
+            is_value = False
+        elif only_files or not argument.startswith("-") or argument == "-":
+            by_themselves.append(is_video)
+        elif argument == "--":
+            only_files = True
+        else:
+            name, equals, _ = argument.partition("=")
+            is_video = name == "--videos" or (is_video and name != "--images")
+            is_value = not equals and name not in flags
+    images, videos = (
+        [file for file, found in zip(files, by_themselves, strict=True) if found == wanted]
+        for wanted in (False, True)
+    )
+    return images, videos
 
 
 def _value(choice: Enum | None) -> str | None:

@@ -113,7 +113,7 @@ def run(options: CompareOptions) -> None:
             report.messages().print(f"interrupted after {done} of {len(items)} questions")
             raise
         not_asked = failures(items, failed)
-        pictures = len({item.image for item in items})
+        pictures = len({item.picture for item in items})
         said = _answered(policies)
         if not said:
             raise InputError(failures_line(pictures, not_asked))
@@ -126,9 +126,9 @@ def run(options: CompareOptions) -> None:
         result |= {"answered_by_earlier_runs": len(earlier), "failed": not_asked}
         _print(options, loaded, answers, results, result)
         if html is not None:
-            images = {item.image: item for item in items}
+            by_picture = {item.picture: item for item in items}
             panels = page.panels(
-                loaded, result, lambda name: images[name].load(), backend=options.backend
+                loaded, result, lambda *picture: by_picture[picture].load(), backend=options.backend
             )
             page.write(html, page.render(result, panels))
     if options.html is not None and not options.as_json:
@@ -178,11 +178,11 @@ def _items(options: CompareOptions) -> list[Item]:
         if not options.prompts:
             given = "--images" if options.images else "--videos"
             raise InputError(f"--prompt: expected at least one with {given}, got none")
-        found = find_images(options.images)
-        if found.skipped:
-            report.remark(found.remark())
-        videos = find_videos(options.videos)
-        return items_from_images(found.images, options.prompts, videos, options.frames)
+        images, videos = find_images(options.images), find_videos(options.videos)
+        for found in (images, videos):
+            if found.skipped:
+                report.remark(found.remark())
+        return items_from_images(images.files, options.prompts, videos.files, options.frames)
     if options.prompts:
         raise InputError("--images: expected at least one with --prompt, or --videos, got none")
     return items_from_demo(options.count)

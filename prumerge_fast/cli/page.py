@@ -96,16 +96,16 @@ def write(file: TextIO, content: str) -> None:
 def panels(
     loaded: Loaded,
     run: Mapping[str, Any],
-    image: Callable[[str], Any],
+    picture: Callable[[str, str], Any],
     *,
     backend: str = "auto",
-) -> dict[str, dict[str, Panel]]:
-    """The pictures of the questions that the page shows, by image and policy.
+) -> dict[tuple[str, str], dict[str, Panel]]:
+    """The pictures of the questions that the page shows, by name and modality, and by policy.
 
     Args:
         loaded: The model of the run.
         run: What `compare --json` prints.
-        image: Gives an image of the run, or the frames of a video, by its name.
+        picture: Gives an image of the run, or the frames of a video, by its name and modality.
         backend: Of `prune_merge`.
 
     Raises:
@@ -116,15 +116,16 @@ def panels(
         for policy, row in run["results"].items()
         if row["config"] is not None
     }
-    drawn: dict[str, dict[str, Panel]] = {}
+    drawn: dict[tuple[str, str], dict[str, Panel]] = {}
     shown = run["answers"][:MOST_QUESTIONS]
-    for name, modality in {a["image"]: a.get("modality", "image") for a in shown}.items():
-        seen = look(loaded, image(name), name, configs, backend=backend, modality=modality)
+    for name, modality in dict.fromkeys(map(_picture_of, shown)):
+        content = picture(name, modality)
+        seen = look(loaded, content, name, configs, backend=backend, modality=modality)
         panel = PANEL if len(seen.views) == 1 else PANEL // 3
         views = [seen.views[number] for number in seen.drawn()]
         grids = [Grid(view.image, len(view.attention), panel) for view in views]
         patches = sum(len(view.patches) for view in seen.views)
-        drawn[name] = {}
+        drawn[name, modality] = {}
         for policy in run["results"]:
             tiles = [
                 grid.outlined(view.kept[policy], OUTLINES[report.SLUGS[policy]])
@@ -137,15 +138,20 @@ def panels(
             )
             kept = sum(len(view.kept[policy]) for view in seen.views) if policy in configs else None
             tokens = seen.tokens.get(policy, seen.all_tokens)
-            drawn[name][policy] = Panel(
+            drawn[name, modality][policy] = Panel(
                 data_uri(whole), whole.width, patches, tokens, kept, whole.height
             )
     return drawn
 
 
+def _picture_of(answer: Mapping[str, Any]) -> tuple[str, str]:
+    """The name and modality of what was asked about; earlier versions asked about images only."""
+    return answer["image"], answer.get("modality", "image")
+
+
 def render(
     run: Mapping[str, Any],
-    pictures: Mapping[str, Mapping[str, Panel]],
+    pictures: Mapping[tuple[str, str], Mapping[str, Panel]],
     curves: Sequence[Series] | None = None,
     curves_note: str = "",
 ) -> str:
@@ -272,21 +278,19 @@ def _own_points(results: Mapping[str, Any]) -> list[Series]:
 
 
 def _cards(
-    run: Mapping[str, Any], pictures: Mapping[str, Mapping[str, Panel]]
+    run: Mapping[str, Any], pictures: Mapping[tuple[str, str], Mapping[str, Panel]]
 ) -> list[dict[str, Any]]:
     """Questions that follow each other about one image share a card."""
     return [
         {
-            "name": Path(image).name,
-            "panels": pictures[image],
+            "name": Path(picture[0]).name,
+            "panels": pictures[picture],
             "questions": [
                 {**answer, "verdicts": _verdicts(answer["answers"], answer["expected"])}
                 for answer in answers
             ],
         }
-        for image, answers in groupby(
-            run["answers"][:MOST_QUESTIONS], key=lambda answer: answer["image"]
-        )
+        for picture, answers in groupby(run["answers"][:MOST_QUESTIONS], key=_picture_of)
     ]
 
 

@@ -117,8 +117,9 @@ def messages() -> Console:
 
 
 def remark(text: str) -> None:
-    """Writes a line to standard error; names of files are no markup."""
-    messages().print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    """Writes a line to standard error; names of files are no markup, and may hold line ends."""
+    line = " ".join(text.split())
+    messages().print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

@@ -60,10 +60,17 @@ def code_files() -> dict[str, Path]:
 
 
 def of_files(files: Mapping[str, Path]) -> str:
-    """Of files by name, and of what they hold: a copy with another date is the same."""
+    """Of files by name, and of what they hold: a copy with another date is the same.
+
+    One that cannot be read counts as such: of pictures, questions about it are left out.
+    """
     digest = hashlib.sha256()
     for name, path in files.items():
-        digest.update(f"{name!a} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+        try:
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError:
+            content = "unreadable"
+        digest.update(f"{name!a} {content}\n".encode())
     return digest.hexdigest()
 
 

@@ -123,7 +123,7 @@ def run(options: EvaluationOptions, track: Track) -> dict[str, Any]:
     header = {} if options.output is None else _header(options, loaded, items, images)
     answers = answer_all(options, loaded, items, chosen, header, track)
     failed = failures(items, answers.failed)
-    pictures = len({item.image for item in items})
+    pictures = len({item.picture for item in items})
     if len(failed) == len(items):
         raise InputError(failures_line(pictures, failed))
     items = [item for number, item in enumerate(items) if number not in answers.failed]
@@ -213,19 +213,13 @@ def _header(
     run = provenance(options.command, loaded.device)
     # An update of the system changes no answer, nor do more cores to answer with.
     machine = {name: run["machine"][name] for name in ("processor", "device")}
-    try:
-        pictures = fingerprint.of_files(images)
-    except OSError as error:
-        raise InputError(
-            f"image: expected a readable image, got {error.filename} ({error})"
-        ) from None
     return {
         "model": loaded.name,
         "source": options.model,
         **_settings(options, loaded),
         "image_folder": None if options.image_folder is None else str(options.image_folder),
         "asked": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
-        "images": pictures,  # demo scenes follow from the code
+        "images": fingerprint.of_files(images),  # demo scenes follow from the code
         "weights": fingerprint.of_weights(loaded.model),
         "model_settings": fingerprint.of_settings(loaded.model, loaded.processor),
         "code": fingerprint.of_files(fingerprint.code_files()),

@@ -97,15 +97,24 @@ def failures(items: Sequence[Item], failed: Mapping[int, str]) -> list[dict[str,
         failed: What is wrong with the pictures of some, by number.
     """
     return [
-        {"question_id": items[number].question_id, "image": items[number].image, "error": error}
+        {
+            "question_id": items[number].question_id,
+            "image": items[number].image,
+            "modality": items[number].modality,
+            "error": error,
+        }
         for number, error in sorted(failed.items())
     ]
 
 
 def failures_line(pictures: int, failed: Sequence[Mapping[str, Any]]) -> str:
     """How many of so many pictures could not be read, and what is wrong with the first."""
-    broken = len({entry["image"] for entry in failed})
-    count = f"{broken} of {pictures}" if broken < pictures else f"none of the {pictures}"
-    verb = "could not be read" if broken < pictures else "could be read"
+    broken = len({(entry["image"], entry["modality"]) for entry in failed})
+    if pictures == 1:
+        which = f"the {failed[0]['modality']} could not be read"
+    elif broken < pictures:
+        which = f"{broken} of {pictures} pictures could not be read"
+    else:
+        which = f"none of the {pictures} pictures could be read"
     more = f"; and {broken - 1} more" if broken > 1 else ""
-    return f"{count} pictures {verb}: {failed[0]['error']}{more}"
+    return f"{which}: {failed[0]['error']}{more}"

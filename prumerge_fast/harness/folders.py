@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,14 +43,14 @@ _MOST_NAMED = 3
 
 @dataclass(frozen=True)
 class Found:
-    """Pictures, and why files that look like some are not among them.
+    """Pictures or videos, and why files that look like some are not among them.
 
     Args:
-        images: In the order given; those of a folder by name.
+        files: In the order given; those of a folder by name.
         skipped: Names, by the reason.
     """
 
-    images: list[Path] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
     skipped: dict[str, list[str]] = field(default_factory=dict)
 
     def remark(self) -> str:
@@ -72,50 +72,53 @@ def find_images(paths: Iterable[Path]) -> Found:
     Raises:
         InputError: A path does not exist, or a folder holds no picture that can be read.
     """
-    found = Found()
-    for path in paths:
-        if path.is_dir():
-            inside = _in_folder(path)
-            if not inside.images:
-                remark = inside.remark()
-                raise InputError(
-                    f"--images: expected a folder with images ({', '.join(_readable())}), "
-                    f"got {path}, which holds none{remark and f'; {remark}'}"
-                )
-            found.images.extend(inside.images)
-            for reason, names in inside.skipped.items():
-                found.skipped.setdefault(reason, []).extend(names)
-        elif path.is_file():
-            found.images.append(path)
-        else:
-            raise InputError(f"--images: expected an existing file or folder, got {path}")
-    return found
+    suffixes = {suffix: _unread(suffix) for suffix in (*_FORMATS, *_UNREAD)}
+    return _find("images", paths, suffixes)
 
 
-def find_videos(paths: Iterable[Path]) -> list[Path]:
-    """The files themselves and, for each folder, the videos right in it that are not hidden.
+def find_videos(paths: Iterable[Path]) -> Found:
+    """As `find_images`, the videos.
 
     Raises:
         InputError: A path does not exist, or a folder holds no video.
     """
-    found: list[Path] = []
+    return _find("videos", paths, dict.fromkeys(VIDEO_SUFFIXES))
+
+
+def _find(kind: str, paths: Iterable[Path], suffixes: Mapping[str, str | None]) -> Found:
+    """Files of one kind by their suffixes, each with the reason why it cannot be read, if any."""
+    found = Found()
     for path in paths:
-        if not path.is_dir():
-            if not path.is_file():
-                raise InputError(f"--videos: expected an existing file or folder, got {path}")
-            found.append(path)
+        if path.is_dir():
+            inside = _in_folder(path, suffixes)
+            if not inside.files:
+                readable = ", ".join(suffix for suffix, reason in suffixes.items() if not reason)
+                remark = inside.remark()
+                raise InputError(
+                    f"--{kind}: expected a folder with {kind} ({readable}), got {path}, which "
+                    f"holds none{remark and f'; {remark}'}"
+                )
+            found.files.extend(inside.files)
+            for reason, names in inside.skipped.items():
+                found.skipped.setdefault(reason, []).extend(names)
+        elif path.is_file():
+            found.files.append(path)
+        else:
+            raise InputError(f"--{kind}: expected an existing file or folder, got {path}")
+    return found
+
+
+def _in_folder(folder: Path, suffixes: Mapping[str, str | None]) -> Found:
+    found = Found()
+    for path in sorted(folder.iterdir()):
+        suffix = path.suffix.lower()
+        if suffix not in suffixes or _is_aside(path) or path.is_dir():
             continue
-        inside = [
-            one
-            for one in sorted(path.iterdir())
-            if one.suffix.lower() in VIDEO_SUFFIXES and one.is_file() and not _is_aside(one)
-        ]
-        if not inside:
-            raise InputError(
-                f"--videos: expected a folder with videos ({', '.join(VIDEO_SUFFIXES)}), "
-                f"got {path}, which holds none"
-            )
-        found += inside
+        reason = suffixes[suffix] if path.is_file() else "no file, or a link to none"
+        if reason is None:
+            found.files.append(path)
+        else:
+            found.skipped.setdefault(reason, []).append(path.name)
     return found
 
 
@@ -124,30 +127,9 @@ def _is_aside(path: Path) -> bool:
     return path.name.startswith((".", "~$"))
 
 
-def _in_folder(folder: Path) -> Found:
-    found = Found()
-    for path in sorted(folder.iterdir()):
-        suffix = path.suffix.lower()
-        if suffix not in _FORMATS and suffix not in _UNREAD:
-            continue
-        if _is_aside(path) or path.is_dir():
-            continue
-        reason = _unreadable(path, suffix)
-        if reason is None:
-            found.images.append(path)
-        else:
-            found.skipped.setdefault(reason, []).append(path.name)
-    return found
-
-
-def _unreadable(path: Path, suffix: str) -> str | None:
-    if not path.is_file():
-        return "no file, or a link to none"
+def _unread(suffix: str) -> str | None:
+    """Why pictures whose names end so cannot be read here; `None` where they can."""
     if suffix in _UNREAD:
         return f"{suffix} is not supported"
     format = _FORMATS[suffix]
     return None if opens(format) else f"{suffix} {NEEDS.get(format, 'is not in this Pillow')}"
-
-
-def _readable() -> list[str]:
-    return [suffix for suffix, format in _FORMATS.items() if opens(format)]

@@ -43,6 +43,11 @@ class Item:
     verbatim: bool = False
     modality: str = "image"
 
+    @property
+    def picture(self) -> tuple[str, str]:
+        """What it asks about: a file of one name may be asked about as image and as video."""
+        return self.image, self.modality
+
 
 def items_from_images(
     paths: Iterable[Path],

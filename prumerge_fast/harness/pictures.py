@@ -31,6 +31,8 @@ def read_image(path: Path) -> Image.Image:
     """
     _register_heif()
     try:
+        if not path.is_file() and not path.is_dir():  # who opens a pipe waits for its other end
+            raise PictureError(f"expected an existing file, got {path}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metadata, and of pictures that are merely large
             with Image.open(path) as image:
@@ -38,8 +40,6 @@ def read_image(path: Path) -> Image.Image:
                 return as_seen(image, path)
     except PictureError:
         raise
-    except FileNotFoundError:
-        raise PictureError(f"expected an existing file, got {path}") from None
     except UnidentifiedImageError:
         raise PictureError(f"expected an image file, got {path} ({_unidentified(path)})") from None
     except Exception as error:  # decoders raise any for data that ends early or is garbled

@@ -10,7 +10,10 @@ import numpy as np
 
 from prumerge_fast.errors import InputError, PictureError
 
-VIDEO_SUFFIXES = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
+VIDEO_SUFFIXES = (
+    *(".3g2", ".3gp", ".asf", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4"),
+    *(".mpeg", ".mpg", ".mts", ".ogv", ".qt", ".webm", ".wmv"),
+)
 
 
 def read_video(path: Path, frames: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,45 @@ def test_files_after_one_option(of_videos, pictures, films, capsys):
     assert [a["image"] for a in result["answers"]] == list(map(str, [*images, *films_]))
 
 
+@pytest.fixture
+def moving(tmp_path) -> Path:
+    """A GIF of two frames."""
+    path = tmp_path / "a.gif"
+    first, second = (Image.new("RGB", (60, 60), colour) for colour in ("red", "blue"))
+    first.save(path, save_all=True, append_images=[second])
+    return path
+
+
+def test_one_file_as_image_and_as_video(
+    moving, pictures, films, tmp_path, capsys, tmp_path_factory
+):
+    """It counts twice, and a page shows it as both."""
+    saved = saved_once("Video-LLaVA", tmp_path_factory)
+    page = tmp_path / "page.html"
+    square, film = pictures / "square.png", films / "long.mp4"
+    options = ("--variant", "prumerge", "--frames", 2, "--prompt", "what ?", "--html", page)
+    pairs = [(square, "image"), (moving, "image"), (film, "video"), (moving, "video")]
+    for asked in (
+        ("--images", square, moving, "--videos", film, moving),
+        ("--videos", film, "--images", square, moving, f"--videos={moving}"),
+        ("--images", square, "--videos", film, "--json", moving, "--images", moving),
+    ):
+        result = compared(capsys, saved, *asked, *options)
+        found = [(Path(a["image"]), a["modality"]) for a in result["answers"]]
+        assert found == pairs
+    sides = re.findall(r'<img src="[^"]*" width="(\d+)" height="(\d+)"', page.read_text())
+    first, *_, last = sides
+    assert first[0] == first[1]
+    assert sides[2] == first
+    assert int(last[0]) > int(last[1])  # its frames in a row
+
+    moving.write_bytes(b"no picture")
+    given = ["compare", "--model", saved.folder, "--images", square, moving, "--videos", moving]
+    assert main([str(argument) for argument in (*given, *options)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("prumerge-fast: 2 of 3 pictures could not be read: expected an")
+
+
 def test_question_files(of_videos, pictures, films, tmp_path, capsys):
     asked = tmp_path / "asked.jsonl"
     records = [
@@ -293,7 +333,7 @@ def test_bad_videos(of_videos, films, tmp_path, capsys):
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / ".hidden.mp4").write_bytes(whole)
-    assert "--videos: expected a folder with videos (.avi, .gif" in said(empty)
+    assert "--videos: expected a folder with videos (.3g2, .3gp" in said(empty)
     assert "--videos: expected an existing file or folder" in said(tmp_path / "none.mp4")
     options = ("--prompt", "what ?", "--frames", 0)
     message = refusal(capsys, "compare", "--model", of_videos.folder, "--videos", films, *options)

@@ -72,6 +72,7 @@ def test_one_broken_picture_of_many(command, pictures, answers, capsys, size):
         {
             "question_id": 1,
             "image": str(bad),
+            "modality": "image",
             "error": f"expected a readable image, got {bad} (image file is truncated)",
         }
     ]
@@ -122,6 +123,12 @@ def test_all_pictures_broken(command, pictures, answers, capsys, tmp_path, size)
     assert not page.exists()
 
 
+def test_the_only_picture_broken(command, pictures, capsys):
+    given = [*command[:3], "--images", pictures / "1.png", *command[5:]]
+    message = refusal(capsys, *given)
+    assert message.startswith("prumerge-fast: the image could not be read: expected a readable im")
+
+
 def test_strict_stops_at_the_first(command, answers, capsys):
     message = refusal(capsys, *command, "--strict", "--answers", answers)
     assert message.startswith("prumerge-fast: image: expected a readable image, got ")
@@ -158,9 +165,10 @@ def test_pictures_in_a_question_file(folder, pictures, tmp_path, capsys):
 def test_skipped_files_are_named(command, pictures, capsys):
     mend(pictures)
     (pictures / "[b]raw.DNG").write_bytes(b"raw")
+    (pictures / "a\nb.dng").write_bytes(b"raw")
     (pictures / "._0.png").write_bytes(b"\0\5\x16\7")
     code, out, err = ask(capsys, *command, "--json")
-    assert (code, err) == (0, "skipped: [b]raw.DNG (.dng is not supported)\n")
+    assert (code, err) == (0, "skipped: [b]raw.DNG, a b.dng (.dng is not supported)\n")
     assert json.loads(out)["questions"] == 5
 
 

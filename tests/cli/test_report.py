@@ -114,7 +114,9 @@ def a_run(answers, **fields):
 
 def rendered(tmp_path, run):
     panel = page.Panel("data:,", 336, 196, 20, 19)
-    pictures = {answer["image"]: dict.fromkeys(POLICIES, panel) for answer in run["answers"]}
+    pictures = {
+        (answer["image"], "image"): dict.fromkeys(POLICIES, panel) for answer in run["answers"]
+    }
     path = tmp_path / "page.html"
     with page.writable(path) as file:
         page.write(file, page.render(run, pictures))

@@ -655,10 +655,28 @@ def test_broken_pictures_are_tried_again(ask, question_file, capsys, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(inputs, "read_image", unreadable)
-        assert "none of the 1 pictures could be read" in refusal(capsys, *ask)
+        assert "the image could not be read" in refusal(capsys, *ask)
     assert main([*map(str, ask), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["failed"], found["answered"]["by_earlier_runs"]) == ([], 0)
+
+
+def test_a_picture_that_may_not_be_read(
+    ask, question_file, break_pictures, capsys, monkeypatch, tmp_path
+):
+    questions = question_file("what ?")
+    break_pictures(questions)
+    read_bytes = Path.read_bytes
+
+    def refused(path):
+        if path.name == "empty.png":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    assert main([*map(str, ask), "--json"]) == 2
+    found = json.loads(capsys.readouterr().out)
+    assert [entry["question_id"] for entry in found["failed"]] == ["cut.png", "empty.png"]
 
 
 def test_only_broken_pictures(ask, question_file, break_pictures, capsys, tmp_path):

@@ -5,7 +5,7 @@ from PIL import Image, features
 
 from prumerge_fast.errors import InputError
 from prumerge_fast.harness import pictures
-from prumerge_fast.harness.folders import find_images
+from prumerge_fast.harness.folders import find_images, find_videos
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def fill(folder, picture, *names):
 
 
 def names(found):
-    return [path.name for path in found.images]
+    return [path.name for path in found.files]
 
 
 def test_folders_give_their_images_by_name(folder, picture):
@@ -66,7 +66,7 @@ def test_what_systems_leave_beside_pictures(folder, picture):
 def test_a_file_by_name_is_never_skipped(folder, picture):
     fill(folder, picture, "._a.jpg", "notes.txt", "a.dng")
     given = [folder / "._a.jpg", folder / "notes.txt", folder / "a.dng"]
-    assert find_images(given).images == given
+    assert find_images(given).files == given
 
 
 def test_pictures_that_cannot_be_read_are_named(folder, picture, monkeypatch):
@@ -92,3 +92,14 @@ def test_empty_folder_and_missing_path(tmp_path):
         find_images([tmp_path])
     with pytest.raises(InputError, match=r"--images: expected an existing file or folder"):
         find_images([tmp_path / "gone"])
+
+
+def test_videos_of_phones_cameras_and_windows(folder):
+    taken = ["a.3gp", "b.MTS", "c.wmv", "d.mpg", "e.MOV", "f.mp4", "g.m2ts"]
+    for name in (*taken, "._f.mp4", "notes.txt", "f.THM", "g.jpg"):
+        (folder / name).write_bytes(b"")
+    (folder / "h.mp4").symlink_to(folder / "gone.mp4")
+    (folder / "i.mp4").mkdir()
+    found = find_videos([folder])
+    assert names(found) == taken
+    assert found.remark() == "skipped: h.mp4 (no file, or a link to none)"

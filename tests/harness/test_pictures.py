@@ -1,6 +1,7 @@
 """Pictures as a person sees them, in whatever way a phone, a scanner or a program stored them."""
 
 import io
+import os
 import warnings
 
 import numpy as np
@@ -275,3 +276,11 @@ def test_garbled_files_raise_nothing_else(tmp_path, scene, name):
             read_image(tmp_path / name)
         except PictureError:
             continue
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes of that kind")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    path = tmp_path / "pipe.jpg"
+    os.mkfifo(path)
+    with pytest.raises(PictureError, match=r"expected an existing file, got .*pipe\.jpg"):
+        read_image(path)
