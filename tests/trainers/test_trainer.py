@@ -1,4 +1,4 @@
-"""The `Trainer` of transformers: losses and metrics that it computes from logits by itself."""
+"""The `Trainer` of transformers on the demo model: losses and metrics that it computes itself."""
 
 from __future__ import annotations
 
@@ -8,21 +8,35 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import BOS, EVERYTHING, IMAGE, PAD, PIXELS, lengths_seen, prompt, tiny_llava
+from tiny_models import EVERYTHING, lengths_seen
 from torch.nn.functional import log_softmax
 from transformers import Trainer, TrainingArguments
 
+from prumerge_fast.demo import PROMPT, load_demo
+from prumerge_fast.demo.scenes import make_scene
 from prumerge_fast.patching.patch import patch
 
-# Of one length, since processors pad; one image each.
-ROWS = [prompt([7 + i], "image", [30 + i, 40, 50 + i]) for i in range(4)]
-IDS = torch.tensor(ROWS)
-LABELS = IDS.masked_fill((IDS == IMAGE) | (IDS == PAD) | (IDS == BOS), -100)
-DATA = [
-    {"input_ids": ids, "pixel_values": pixels, "labels": labels}
-    for ids, pixels, labels in zip(IDS, PIXELS, LABELS, strict=True)
-]
+PATCHES = 196
+QUESTION, ANSWERS = "is there a red circle?", ("yes", "no", "no", "yes")  # rows of one length
 SMOOTHING = 0.25
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    """Of four scenes and the same question; the labels are the answers."""
+    model, processor = load_demo()
+    texts = [PROMPT.format(question=QUESTION) + f" {answer}" for answer in ANSWERS]
+    scenes = [make_scene("test", number).render() for number in range(len(texts))]
+    given = dict(processor(images=scenes, text=texts, return_tensors="pt"))
+    labels = given["input_ids"].clone()
+    labels[:, :-1] = -100
+    labels[labels == model.config.image_token_id] = -100
+    return {**given, "labels": labels}
+
+
+INPUTS = inputs()
+LABELS, WIDTH = INPUTS["labels"], INPUTS["input_ids"].shape[1]
+DATA = [{name: rows[i] for name, rows in INPUTS.items()} for i in range(len(ANSWERS))]
+PLAIN = {name: rows for name, rows in INPUTS.items() if name != "labels"}
 
 
 def trainer(model: Any, folder: Path, **more: Any) -> Trainer:
@@ -42,7 +56,7 @@ def trainer(model: Any, folder: Path, **more: Any) -> Trainer:
 
 def smoothed(model: Any) -> torch.Tensor:
     """Its label smoothing, by hand: of LLaVA's labels it shifts none."""
-    logits = model(input_ids=IDS, pixel_values=PIXELS).logits  # [B, L, V]
+    logits = model(**PLAIN).logits  # [B, L, V]
     scores = -log_softmax(logits, -1)
     counted = LABELS != -100
     right = scores.gather(-1, LABELS.clamp(min=0)[..., None])[..., 0][counted].mean()
@@ -62,13 +76,13 @@ def accuracy(predictions: Any) -> dict[str, float]:
 
 @torch.no_grad()
 def test_label_smoothing_and_metrics(tmp_path: Path) -> None:
-    model = patch(tiny_llava(), keep=5)
+    model = patch(load_demo()[0], keep=5)
     expected = float(smoothed(model))
-    logits = model(input_ids=IDS, pixel_values=PIXELS).logits
+    logits = model(**PLAIN).logits
     seen = lengths_seen(model)
     found = trainer(model, tmp_path, compute_metrics=accuracy).evaluate()
-    assert seen == [IDS.shape[1] - 25 + 6] * 2
-    assert found["eval_columns"] == IDS.shape[1]
+    assert seen == [WIDTH - PATCHES + 6] * 2
+    assert found["eval_columns"] == WIDTH
     assert found["eval_loss"] == pytest.approx(expected, rel=1e-5)
     right = (logits[:, :-1].argmax(-1) == LABELS[:, 1:])[LABELS[:, 1:] != -100]
     assert found["eval_accuracy"] == pytest.approx(float(right.float().mean()))
@@ -77,11 +91,13 @@ def test_label_smoothing_and_metrics(tmp_path: Path) -> None:
 def test_training_with_label_smoothing(tmp_path: Path) -> None:
     losses = []
     for options in (None, EVERYTHING, {"keep": 5}):
-        model = tiny_llava() if options is None else patch(tiny_llava(), **options)
+        model = load_demo()[0]
+        if options is not None:
+            patch(model, **options)
         seen = lengths_seen(model)
         run = trainer(model, tmp_path)
         run.train()
         losses.append([entry["loss"] for entry in run.state.log_history if "loss" in entry])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert losses[2] != pytest.approx(losses[0], rel=1e-5)
-    assert seen == [IDS.shape[1] - 25 + 6]
+    assert seen == [WIDTH - PATCHES + 6]
