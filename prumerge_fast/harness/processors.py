@@ -35,7 +35,10 @@ def load_processor(source: str, config: Any, *, takes_videos: bool) -> Any:
 
 def _assembled(source: str, model_type: str) -> Any:
     """What `AutoProcessor` would load, part by part."""
-    from transformers import AutoImageProcessor, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    # `transformers` itself has some versions' only with torchvision.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
     package = f"transformers.models.{model_type}"

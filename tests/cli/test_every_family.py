@@ -16,6 +16,7 @@ from command_line import refusal
 from PIL import Image
 from saved_families import save, side_of, write_video
 from tiny_families import FAMILIES
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from prumerge_fast.cli import main
 from prumerge_fast.families import llava
@@ -92,7 +93,7 @@ def model_of(saved: Saved) -> Any:
 def by_hand(saved: Saved, path: Path, question: str) -> dict[str, Any]:
     """The inputs of one question, as transformers makes them; of a video without its processor."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(saved.folder)
-    images = transformers.AutoImageProcessor.from_pretrained(saved.folder)
+    images = AutoImageProcessor.from_pretrained(saved.folder)
     side = side_of(saved.name)
     if path.suffix == ".png":
         pixels = dict(images(Image.open(path), return_tensors="pt"))
