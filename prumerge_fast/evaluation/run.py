@@ -36,6 +36,7 @@ from prumerge_fast.harness.inputs import Item, items_from_jsonl
 from prumerge_fast.harness.models import Loaded, load
 from prumerge_fast.harness.prompts import check_modalities, pictures_of, prepare_readable
 from prumerge_fast.harness.provenance import provenance
+from prumerge_fast.harness.questions import batches
 from prumerge_fast.patching.encoder_output import PrunedFeatures
 from prumerge_fast.patching.patch import patched
 
@@ -93,7 +94,7 @@ Track = Callable[[int, int], AbstractContextManager[Callable[[int], None]]]
 
 
 def run(options: EvaluationOptions, track: Track) -> dict[str, Any]:
-    """Asks, scores and writes.
+    """Asks and scores; answers are written as they come, where there is an `--output`.
 
     Args:
         options: Those of the command.
@@ -242,15 +243,15 @@ def answer_all(
         InputError: The answers on file are of another header, or cannot be read or written.
     """
     size = options.batch_size
-    batches = [items[start : start + size] for start in range(0, len(items), size)]
+    every = list(batches(items, size))
     names = [policy.name for policy in chosen]
     path = None if options.output is None else stored.answers_file(options.output)
     done: dict[int, dict[str, Any]] = {}
     if path is not None:
-        done = stored.resumed(path, header, names, [len(batch) for batch in batches])
-    earlier = sum(len(batches[number]) for number in done)
+        done = stored.resumed(path, header, names, [len(batch) for batch in every])
+    earlier = sum(len(every[number]) for number in done)
     with track(len(items), earlier) as advance:
-        for number, batch in enumerate(batches):
+        for number, batch in enumerate(every):
             if number in done:
                 continue
             said = answer_batch(loaded, batch, chosen, options.max_new_tokens, options.strict)
@@ -260,13 +261,13 @@ def answer_all(
             advance(len(batch))
     texts, tokens = (
         {
-            name: [entry for n in range(len(batches)) for entry in done[n][field][name]]
+            name: [entry for n in range(len(every)) for entry in done[n][field][name]]
             for name in names
         }
         for field in ("texts", "tokens")
     )
     failed = {
-        size * n + place: error for n in range(len(batches)) for place, error in done[n]["failed"]
+        size * n + place: error for n in range(len(every)) for place, error in done[n]["failed"]
     }
     dates = sorted(batch["date"] for batch in done.values())
     return Answers(texts, tokens, (dates[0], dates[-1]), earlier, failed)

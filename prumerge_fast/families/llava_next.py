@@ -69,11 +69,8 @@ class LlavaNextAdapter(LlavaAdapter):
     ) -> ImageTokens:
         if modality != "image":
             return super().encode_pixels(model, modality, images, config, backend)
-        sizes = images.get("image_sizes")
-        counts = _crop_counts(model, sizes)
-        crops = _crops(images["pixel_values"], counts)  # [K, 3, H, W]
+        crops, layout = self._cut(model, images)
         query, keys, hidden = self.read(model, "image", crops, images)
-        layout = _layout(model, counts, sizes, self.num_patches(model))
         rows = _prune_crops(query, keys, hidden, layout, config, backend, self.reduce)
 
         features = inner_model(model).multi_modal_projector(rows.tokens)  # [R, D]
@@ -86,12 +83,16 @@ class LlavaNextAdapter(LlavaAdapter):
         """Of images: all overviews and crops, but for those that only pad a batch."""
         if modality != "image":
             return super().views(model, modality, images)
+        crops, layout = self._cut(model, images)
+        grids = [_grid(model, size) for size in images["image_sizes"]]
+        return Views(*self.read(model, "image", crops, images), layout.is_read, crops, grids)
+
+    def _cut(self, model: Any, images: Mapping[str, Any]) -> tuple[Tensor, _Layout]:
+        """The crops [K, 3, H, W] of all images, and where the model reads their patches."""
         sizes = images.get("image_sizes")
         counts = _crop_counts(model, sizes)
-        crops = _crops(images["pixel_values"], counts)  # [K, 3, H, W]
-        layout = _layout(model, counts, sizes, self.num_patches(model))
-        grids = [_grid(model, size) for size in sizes]  # type: ignore[union-attr]
-        return Views(*self.read(model, "image", crops, images), layout.is_read, crops, grids)
+        crops = _crops(images["pixel_values"], counts)
+        return crops, _layout(model, counts, sizes, self.num_patches(model))
 
 
 class _Layout(NamedTuple):

@@ -269,8 +269,7 @@ def _check_methods(part: Any, model: Any) -> None:
             f"model: the `forward` of its {type(part).__name__} was replaced on the instance, "
             "which patching would not reach; undo that first, and patch before wrapping"
         )
-    whole = part is model or not isinstance(adapter, Adapter)
-    overrides = overrides_of if whole else inner_overrides
+    overrides = overrides_of if part is model else inner_overrides
     for name in overrides(adapter, type(part)):  # type: ignore[arg-type]
         if not hasattr(type(part), name):
             raise UnsupportedModelError(
