@@ -145,6 +145,11 @@ def same(before: dict[str, Any], after: dict[str, Any]) -> bool:
     )
 
 
+def labels_of(ids: Tensor) -> Tensor:
+    """Text but the first token, which left padding would have to predict."""
+    return ids.masked_fill(torch.isin(ids, torch.tensor([IMAGE, VIDEO, PAD, BOS])), -100)
+
+
 def lengths_seen(model: Any) -> list[int]:
     """A list that gets the length of everything that the language model is given from now on."""
     lengths: list[int] = []

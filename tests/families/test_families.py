@@ -21,6 +21,7 @@ from tiny_models import (
     PATCHES,
     VIDEO,
     features_of,
+    labels_of,
     lengths_seen,
     same,
     snapshot,
@@ -71,11 +72,6 @@ def plain(family: Family) -> Any:
 def model(plain: Any) -> Any:
     """Unpatched; a copy, because models note their first call."""
     return copy.deepcopy(plain)
-
-
-def labels_of(ids: torch.Tensor) -> torch.Tensor:
-    unseen = torch.tensor([IMAGE, VIDEO, PAD, BOS])
-    return ids.masked_fill(torch.isin(ids, unseen), -100)
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:

@@ -8,14 +8,12 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import (
-    BOS,
     CACHE,
     EVERYTHING,
-    IMAGE,
-    PAD,
     PIXELS,
     PROMPTS,
     batch,
+    labels_of,
     lengths_seen,
     same,
     snapshot,
@@ -30,7 +28,7 @@ from prumerge_fast.patching.patch import is_patched, patch, unpatch
 INPUTS = {**batch(PROMPTS, "right"), "pixel_values": PIXELS}
 MASK = INPUTS["attention_mask"].bool()
 IDS = INPUTS["input_ids"]
-LABELS = IDS.masked_fill((IDS == IMAGE) | (IDS == PAD) | (IDS == BOS), -100)
+LABELS = labels_of(IDS)
 WIDTH = IDS.shape[1]
 
 

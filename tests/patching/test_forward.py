@@ -16,7 +16,6 @@ from tiny_models import (
     EVERYTHING,
     IMAGE,
     OF_PROMPT,
-    PAD,
     PATCHES,
     PIXELS,
     PROMPTS,
@@ -24,6 +23,7 @@ from tiny_models import (
     batch,
     features_of,
     images,
+    labels_of,
     prompt,
     tiny_llava,
 )
@@ -51,11 +51,6 @@ def plain() -> LlavaForConditionalGeneration:
 @pytest.fixture
 def model() -> LlavaForConditionalGeneration:
     return patch(tiny_llava())
-
-
-def labels_of(ids: torch.Tensor) -> torch.Tensor:
-    """Text but the first token, which left padding would have to predict."""
-    return ids.masked_fill((ids == IMAGE) | (ids == PAD) | (ids == BOS), -100)
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:

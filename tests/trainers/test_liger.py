@@ -14,13 +14,11 @@ pytest.importorskip("liger_kernel")
 import torch
 from liger_kernel.transformers import apply_liger_kernel_to_llava
 from tiny_models import (
-    BOS,
     EVERYTHING,
-    IMAGE,
-    PAD,
     PIXELS,
     PROMPTS,
     batch,
+    labels_of,
     lengths_seen,
     tiny_llava,
 )
@@ -29,7 +27,7 @@ from prumerge_fast.patching.patch import patch, unpatch
 
 INPUTS = {**batch(PROMPTS, "right"), "pixel_values": PIXELS}
 IDS = INPUTS["input_ids"]
-LABELS = IDS.masked_fill((IDS == IMAGE) | (IDS == PAD) | (IDS == BOS), -100)
+LABELS = labels_of(IDS)
 
 
 def with_liger(model: Any) -> Any:
