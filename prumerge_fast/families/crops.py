@@ -1,0 +1,175 @@
+"""How LLaVA-NeXT cuts images into crops, and where the language model reads what of them.
+
+All of it follows from a model's configuration, so that engines which build models of their own
+share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from prumerge_fast.reduction.config import PruMergeConfig
+from prumerge_fast.reduction.output import MergedTokens
+from prumerge_fast.reduction.padding import prune_merge_unpadded
+
+
+class CropRows(NamedTuple):
+    """Tokens of crops: features [R, C], the crop [R] of each, and its patch [R], -1 for none.
+
+    Patches are numbered through all crops, N each.
+    """
+
+    tokens: Tensor
+    crop: Tensor
+    patch: Tensor
+
+
+class CropLayout(NamedTuple):
+    """Where the model reads what of each image.
+
+    Args:
+        images: For each image, the patch in each place, numbered as in `CropRows`;
+            -1 for a newline.
+        is_read: [K, N] bool, which patches of each crop are in `images`.
+        image_of_crop: [K].
+        is_overview: [K] bool.
+    """
+
+    images: list[Tensor]
+    is_read: Tensor
+    image_of_crop: Tensor
+    is_overview: Tensor
+
+
+def crop_counts(config: Any, image_sizes: Any) -> list[int]:
+    """Number of crops of each image, the overview among them."""
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    if image_sizes is None:
+        raise ValueError(
+            "image_sizes: expected the height and width of each image, [images, 2], together "
+            "with pixel_values, got None"
+        )
+    grids, side = config.image_grid_pinpoints, config.vision_config.image_size
+    return [image_size_to_num_patches(size, grids, side) for size in image_sizes]
+
+
+def crop_grid(config: Any, image_size: Any) -> tuple[int, int]:
+    """Rows and columns of the crops of an image of this height and width."""
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+    grids, side = config.image_grid_pinpoints, config.vision_config.image_size
+    rows, columns = get_anyres_image_grid_shape(image_size, grids, side)
+    return int(rows), int(columns)
+
+
+def crop_layout(config: Any, counts: list[int], image_sizes: Any, patches: int) -> CropLayout:
+    """Found by letting transformers pack the numbers of patches in place of their features.
+
+    Args:
+        config: A LLaVA-NeXT's configuration.
+        counts: What `crop_counts` returned.
+        image_sizes: Height and width of each image.
+        patches: N, those of a crop.
+    """
+    from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
+
+    numbers = torch.arange(sum(counts) * patches).view(-1, patches, 1)  # [K, N, 1]
+    packed, _ = LlavaNextModel.pack_image_features(
+        SimpleNamespace(config=config),
+        numbers.split(counts),
+        image_sizes,
+        "default",
+        torch.tensor([-1]),
+    )
+    images = [places[:, 0] for places in packed]
+    read = torch.cat(images)
+    is_read = torch.zeros(len(numbers), patches, dtype=torch.bool)
+    is_read.view(-1)[read[read >= 0]] = True
+    crops = torch.tensor(counts)
+    first = torch.zeros(len(numbers), dtype=torch.bool)
+    first[crops.cumsum(0) - crops] = True
+    image_of_crop = torch.arange(len(counts)).repeat_interleave(crops)
+    return CropLayout(images, is_read, image_of_crop, first & (crops > 1)[image_of_crop])
+
+
+def prune_crops(
+    query: Tensor,
+    keys: Tensor,
+    hidden: Tensor,
+    layout: CropLayout,
+    config: PruMergeConfig,
+    backend: str,
+    reduce: Callable[..., MergedTokens],
+) -> CropRows:
+    """Prune and merge each crop over its patches that are read; rows in the order of crops."""
+    merged = prune_merge_unpadded(query, keys, hidden, layout.is_read, config, backend, reduce)
+    tokens, kept = zip(*merged, strict=True)  # of each crop [m, C] and [m]
+    crop = torch.arange(len(merged)).repeat_interleave(torch.tensor(list(map(len, kept))))  # [R]
+    patch = torch.cat(kept).long().cpu()  # [R]
+    numbered = crop * layout.is_read.shape[1] + patch  # [R]
+    return CropRows(torch.cat(tokens), crop, numbered.where(patch >= 0, -1))
+
+
+def with_newlines(
+    features: Tensor, newline: Tensor, rows: CropRows, layout: CropLayout, order: str
+) -> tuple[Tensor, list[int]]:
+    """What the language model reads: the projected rows and the newlines between them.
+
+    Args:
+        features: [R, D], of `rows.tokens`.
+        newline: [D].
+        rows: Where those come from.
+        layout: Of all images.
+        order: As in `PruMergeConfig`.
+
+    Returns:
+        Features of all images, one after the other, and the number of rows of each.
+    """
+    index, lengths = _arrange(rows.crop, rows.patch, layout, order)
+    return torch.cat((features, newline.to(features)[None]))[index.to(features.device)], lengths
+
+
+def _arrange(
+    crop: Tensor, patch: Tensor, layout: CropLayout, order: str
+) -> tuple[Tensor, list[int]]:
+    """Rows [R] of crops, in the order of crops, and newlines as the language model reads them.
+
+    Returns:
+        Index of each row, R for a newline; and the number of rows of each image.
+    """
+    in_grid = ~layout.is_overview[crop]  # [R]
+    image = layout.image_of_crop[crop]  # [R]
+    if order == "attention":
+        ended = crop[in_grid].unique()  # crops that a newline ends
+        newline_image = layout.image_of_crop[ended]
+        key = torch.cat((2 * crop, 2 * ended + 1))
+    else:
+        read = torch.cat(layout.images)  # [T], all images
+        lengths = torch.tensor([len(places) for places in layout.images])
+        ends = lengths.cumsum(0)
+        place = torch.empty(layout.is_read.numel(), dtype=torch.int64)
+        place[read[read >= 0]] = (read >= 0).nonzero()[:, 0]
+        behind = torch.where(  # what a supplement follows
+            in_grid, ends[image], (ends - lengths)[image] + layout.is_read.shape[1]
+        )
+        is_patch = patch >= 0  # [R]
+        key = torch.where(is_patch, 2 * place[patch], 2 * behind - 1)  # [R]
+
+        newlines = (read < 0).nonzero()[:, 0]  # places, which end rows
+        all_in_grid = (read >= 0) & ~layout.is_overview[read // layout.is_read.shape[1]]  # [T]
+        is_empty = torch.ones_like(newlines, dtype=torch.bool)
+        is_empty[torch.searchsorted(newlines, all_in_grid.nonzero()[:, 0])] = False
+        is_left = is_empty  # a row without patches has none to lose
+        is_left[torch.searchsorted(newlines, place[patch[is_patch & in_grid]])] = True
+        newlines = newlines[is_left]
+        newline_image = torch.searchsorted(ends, newlines, right=True)
+        key = torch.cat((key, 2 * newlines))
+    index = torch.arange(len(key)).clamp(max=len(crop))
+    image = torch.cat((image, newline_image))
+    return index[key.argsort(stable=True)], image.bincount(minlength=len(layout.images)).tolist()
