@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,17 +64,22 @@ class Found:
         return f"skipped: {'; '.join(parts)}" if parts else ""
 
 
-def find_images(paths: Iterable[Path]) -> Found:
+def find_images(paths: Iterable[Path], *, argument: str = "--images", deep: bool = False) -> Found:
     """The files themselves and, for each folder, the pictures right in it.
 
     Names may be in capitals. Hidden files are no pictures, whatever their suffix: a Mac leaves
     `._a.jpg` beside `a.jpg`; nor are the `~$` files of programs that have one open.
 
+    Args:
+        paths: Of files and folders.
+        argument: Which gave them, for the error.
+        deep: The pictures in folders of a folder as well, but for hidden folders.
+
     Raises:
         InputError: A path does not exist, or a folder holds no picture that can be read.
     """
     suffixes = {suffix: _unread(suffix) for suffix in (*_FORMATS, *_UNREAD)}
-    return _find("images", paths, suffixes)
+    return _find("images", argument, paths, suffixes, deep)
 
 
 def find_videos(paths: Iterable[Path]) -> Found:
@@ -82,20 +88,26 @@ def find_videos(paths: Iterable[Path]) -> Found:
     Raises:
         InputError: A path does not exist, or a folder holds no video.
     """
-    return _find("videos", paths, dict.fromkeys(VIDEO_SUFFIXES))
+    return _find("videos", "--videos", paths, dict.fromkeys(VIDEO_SUFFIXES))
 
 
-def _find(kind: str, paths: Iterable[Path], suffixes: Mapping[str, str | None]) -> Found:
+def _find(
+    kind: str,
+    argument: str,
+    paths: Iterable[Path],
+    suffixes: Mapping[str, str | None],
+    deep: bool = False,
+) -> Found:
     """Files of one kind by their suffixes, each with the reason why it cannot be read, if any."""
     found = Found()
     for path in paths:
         if path.is_dir():
-            inside = _in_folder(path, suffixes)
+            inside = _in_folder(path, suffixes, deep)
             if not inside.files:
                 readable = ", ".join(suffix for suffix, reason in suffixes.items() if not reason)
                 remark = inside.remark()
                 raise InputError(
-                    f"--{kind}: expected a folder with {kind} ({readable}), got {path}, which "
+                    f"{argument}: expected a folder with {kind} ({readable}), got {path}, which "
                     f"holds none{remark and f'; {remark}'}"
                 )
             found.files.extend(inside.files)
@@ -104,13 +116,13 @@ def _find(kind: str, paths: Iterable[Path], suffixes: Mapping[str, str | None]) 
         elif path.is_file():
             found.files.append(path)
         else:
-            raise InputError(f"--{kind}: expected an existing file or folder, got {path}")
+            raise InputError(f"{argument}: expected an existing file or folder, got {path}")
     return found
 
 
-def _in_folder(folder: Path, suffixes: Mapping[str, str | None]) -> Found:
+def _in_folder(folder: Path, suffixes: Mapping[str, str | None], deep: bool) -> Found:
     found = Found()
-    for path in sorted(folder.iterdir()):
+    for path in _all_in(folder) if deep else sorted(folder.iterdir()):
         suffix = path.suffix.lower()
         if suffix not in suffixes or _is_aside(path) or path.is_dir():
             continue
@@ -120,6 +132,17 @@ def _in_folder(folder: Path, suffixes: Mapping[str, str | None]) -> Found:
         else:
             found.skipped.setdefault(reason, []).append(path.name)
     return found
+
+
+def _all_in(folder: Path) -> Iterator[Path]:
+    """The files of a folder and of those in it, by name, but for those of hidden folders."""
+
+    def unreadable(error: OSError) -> None:
+        raise error
+
+    for parent, folders, names in os.walk(folder, onerror=unreadable):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(parent, name) for name in sorted(names))
 
 
 def _is_aside(path: Path) -> bool:

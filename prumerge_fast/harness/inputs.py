@@ -61,13 +61,7 @@ def items_from_images(
         InputError: A prompt is unusable.
     """
     for prompt in prompts:
-        _check_unicode(prompt, "--prompt")
-        count = prompt.count(IMAGE_TOKEN) + prompt.count(VIDEO_TOKEN)
-        if count > 1:
-            raise InputError(
-                f"--prompt: expected at most one {IMAGE_TOKEN} or {VIDEO_TOKEN}, got {count} "
-                f"in {prompt!r}"
-            )
+        check_prompt(prompt, "--prompt")
     files = [(path, "image") for path in paths] + [(path, "video") for path in videos]
     pairs = [(*file, prompt) for file in files for prompt in prompts]
     return [
@@ -140,7 +134,7 @@ def _item(line: str, where: str, folder: Path, frames: int) -> Item:
                 f"got {record[name]!r}"
             )
     for name in ("question_id", "text", "answer", "label", "category"):
-        _check_unicode(str(record.get(name)), f"{where}: {name}")
+        check_unicode(str(record.get(name)), f"{where}: {name}")
     image = folder / record[modality]
     try:
         exists = image.is_file()
@@ -167,7 +161,18 @@ def _item(line: str, where: str, folder: Path, frames: int) -> Item:
     )
 
 
-def _check_unicode(text: str, name: str) -> None:
+def check_prompt(prompt: str, name: str) -> None:
+    """Raises InputError, with `name`, for a prompt that is no text or has more than one picture."""
+    check_unicode(prompt, name)
+    count = prompt.count(IMAGE_TOKEN) + prompt.count(VIDEO_TOKEN)
+    if count > 1:
+        raise InputError(
+            f"{name}: expected at most one {IMAGE_TOKEN} or {VIDEO_TOKEN}, got {count} in "
+            f"{prompt!r}"
+        )
+
+
+def check_unicode(text: str, name: str) -> None:
     """Raises InputError for halves of surrogate pairs, which no tokenizer and no file takes."""
     try:
         text.encode()

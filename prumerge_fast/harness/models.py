@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,40 @@ class Loaded:
         return family_of(self.model)
 
 
+@dataclass(frozen=True)
+class Described:
+    """A LLaVA by its configuration; nothing of it is loaded.
+
+    Args:
+        source: Where to load it from: a folder, or its name on the hub.
+        name: What it is called in results.
+        config: Of transformers.
+        family: The adapter of its family.
+        model_class: Of transformers.
+    """
+
+    source: str
+    name: str
+    config: Any
+    family: Adapter
+    model_class: Any
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a LLaVA is asked with, without the model: for who makes its prompts elsewhere.
+
+    Args:
+        processor: Of transformers.
+        conv_template: As in `Loaded`.
+        image_aspect_ratio: As in `Loaded`.
+    """
+
+    processor: Any
+    conv_template: str | None = None
+    image_aspect_ratio: str | None = None
+
+
 def family_of(model: Any) -> Adapter:
     """The adapter of a model of transformers, wrapped or not.
 
@@ -83,34 +119,98 @@ def load(
             no supported family.
         UnsupportedModelError: PruMerge cannot work on this model of a supported family.
     """
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging as transformers_logging
-
-    # Standard error is for our own messages and, on a terminal, for the progress of downloads.
-    transformers_logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    _quiet()
     target = resolve_device(device)
-    precision = _resolve_dtype(dtype, target)
-    source, name = _source(str(model))
+    precision = resolve_dtype(dtype, target)
+    source, _ = _source(str(model))
     if sys.stderr.isatty():
         print(f"loading {source}", file=sys.stderr)
-    else:
-        transformers_logging.disable_progress_bar()
+    described = describe(model)
+    quantisation = _quantisation(bits, precision, target)
+    with _refused(source):
+        processor = _processor(described)
+        found: Any = described.model_class.from_pretrained(
+            source, dtype=precision, output_loading_info=True, **quantisation
+        )
+    llava, loading = found
+    if loading["missing_keys"]:  # transformers would only have warned, and made up weights
+        raise InputError(
+            f"--model: expected all weights in {source}, got none for "
+            f"{len(loading['missing_keys'])} parameters, such as {min(loading['missing_keys'])}"
+        )
+    described.family.check(llava)
+    if bits is None:
+        llava.to(target)
+    return Loaded(
+        llava.eval(),
+        processor,
+        described.name,
+        target,
+        precision,
+        described.family.num_patches(llava),
+        conv_template,
+        image_aspect_ratio,
+    )
+
+
+def describe(model: str | Path) -> Described:
+    """What a LLaVA's configuration says of it, in a folder or on the hub.
+
+    Raises:
+        InputError: There is none, it is broken, or it is of no supported family.
+    """
+    _quiet()
+    source, name = _source(str(model))
     config = read_config(source, "a folder or a hub name of a LLaVA")
     family, model_class = _family(config, source)
     try:
         check_sizes(config, "vision_config")  # of the text model, each kind has its own
     except UnsupportedModelError as error:
         raise InputError(f"--model {source}: {error}") from None
+    return Described(source, name, config, family, model_class)
+
+
+def conversation(
+    described: Described, conv_template: str | None = None, image_aspect_ratio: str | None = None
+) -> Conversation:
+    """What a model is asked with, its processor loaded.
+
+    Raises:
+        InputError: There is no processor, or it is broken.
+    """
+    with _refused(described.source):
+        processor = _processor(described)
+    return Conversation(processor, conv_template, image_aspect_ratio)
+
+
+def _processor(described: Described) -> Any:
+    """The model's processor, which pads on the left."""
+    processor = load_processor(
+        described.source, described.config, takes_videos="video" in described.family.pixels
+    )
+    processor.tokenizer.padding_side = "left"
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    return processor
+
+
+def _quiet() -> None:
+    """Leaves standard error to our own messages and, on a terminal, the progress of downloads."""
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+
+
+@contextmanager
+def _refused(source: str) -> Iterator[None]:
+    """Makes an InputError of what loading from `source` raises."""
     try:
-        processor = load_processor(source, config, takes_videos="video" in family.pixels)
-        found: Any = model_class.from_pretrained(
-            source,
-            dtype=precision,
-            output_loading_info=True,
-            **_quantisation(bits, precision, target),
-        )
+        yield
     except InputError:
         raise
     except Exception as error:  # files that are absent, broken or do not fit each other raise any
@@ -118,22 +218,6 @@ def load(
             f"--model: expected a folder or a hub name of a LLaVA, got {source} "
             f"({type(error).__name__}: {error})"
         ) from None
-    llava, loading = found
-    if loading["missing_keys"]:  # transformers would only have warned, and made up weights
-        raise InputError(
-            f"--model: expected all weights in {source}, got none for "
-            f"{len(loading['missing_keys'])} parameters, such as {min(loading['missing_keys'])}"
-        )
-    family.check(llava)
-    if bits is None:
-        llava.to(target)
-    processor.tokenizer.padding_side = "left"
-    if processor.tokenizer.pad_token is None:
-        processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    patches = family.num_patches(llava)
-    return Loaded(
-        llava.eval(), processor, name, target, precision, patches, conv_template, image_aspect_ratio
-    )
 
 
 def _family(config: Any, source: str) -> tuple[Adapter, Any]:
@@ -215,7 +299,8 @@ def check_keep(config: PruMergeConfig, patches: int) -> None:
         raise InputError(f"--{error}") from None
 
 
-def _resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype of that name; for "auto" float32 on a CPU, float16 on a GPU."""
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.float16
     return getattr(torch, dtype)

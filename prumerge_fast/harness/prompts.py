@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from prumerge_fast.errors import InputError, PictureError
 from prumerge_fast.harness.inputs import IMAGE_TOKEN, VIDEO_TOKEN, Item
-from prumerge_fast.harness.models import Loaded
+from prumerge_fast.harness.models import Conversation, Loaded
 from prumerge_fast.versions import takes_special_tokens_option
 
 # The system message of the conversation `vicuna_v1` in LLaVA's llava/conversation.py.
@@ -106,7 +106,7 @@ def model_inputs(
         videos: Frames [F, height, width, 3] uint8 of each, in the order of the prompts.
     """
     given: dict[str, Any] = {"videos": list(videos)} if videos else {}
-    prompts, given["add_special_tokens"] = _first_token_once(loaded.processor.tokenizer, prompts)
+    prompts, given["add_special_tokens"] = first_token_once(loaded.processor.tokenizer, prompts)
     if not takes_special_tokens_option(loaded.processor):
         first = "" if given.pop("add_special_tokens") else loaded.processor.tokenizer.bos_token
         prompts = [prompt.removeprefix(first) for prompt in prompts]
@@ -126,7 +126,7 @@ def pictures_of(loaded: Loaded, inputs: Any) -> dict[str, Any]:
     return loaded.adapter.renamed({name: inputs[name] for name in names if name in inputs})
 
 
-def _first_token_once(tokenizer: Any, prompts: list[str]) -> tuple[list[str], bool]:
+def first_token_once(tokenizer: Any, prompts: list[str]) -> tuple[list[str], bool]:
     """Prompts of which all have the tokenizer's first token already or none has, as a chat template
     may have written it; and whether the tokenizer is to add it."""
     first = tokenizer.bos_token
@@ -137,7 +137,7 @@ def _first_token_once(tokenizer: Any, prompts: list[str]) -> tuple[list[str], bo
     return prompts, False
 
 
-def framed(loaded: Loaded, image: Image.Image) -> Image.Image:
+def framed(loaded: Loaded | Conversation, image: Image.Image) -> Image.Image:
     """What the image processor is given: the image, padded to a square where that is asked for.
 
     As `expand2square` in LLaVA's llava/mm_utils.py: in the middle, on the processor's mean colour.
@@ -165,7 +165,7 @@ def check_pixels(pixel_values: torch.Tensor, names: Sequence[str], modality: str
             )
 
 
-def format_prompt(loaded: Loaded, item: Item) -> str:
+def format_prompt(loaded: Loaded | Conversation, item: Item) -> str:
     """The whole prompt of a question about one image or video."""
     if item.verbatim:
         token = placeholder(loaded, item.modality)
@@ -173,12 +173,12 @@ def format_prompt(loaded: Loaded, item: Item) -> str:
     return chat_prompt(loaded, item.text, [item.modality])
 
 
-def placeholder(loaded: Loaded, modality: str) -> str:
+def placeholder(loaded: Loaded | Conversation, modality: str) -> str:
     """What the model's processor takes for an image or a video in a prompt."""
     return getattr(loaded.processor, f"{modality}_token")
 
 
-def chat_prompt(loaded: Loaded, text: str, pictures: Sequence[str]) -> str:
+def chat_prompt(loaded: Loaded | Conversation, text: str, pictures: Sequence[str]) -> str:
     """A question behind its pictures, each "image" or "video": in the conversation asked for, by
     the processor's chat template, or, where it has none, as in LLaVA-1.5 without the system
     message."""

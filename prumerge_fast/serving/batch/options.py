@@ -1,0 +1,62 @@
+"""What `prumerge-fast batch` is asked for. Imports neither Ray nor PyTorch."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prumerge_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from prumerge_fast.reduction.config import PruMergeConfig
+
+ENGINES = ("transformers", "vllm")
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """The options of the command (`prumerge-fast batch --help` describes them).
+
+    Args:
+        actors: How many models run at once; `None`: one a GPU, without GPUs one.
+        num_cpus: Of each actor, as Ray counts them.
+        num_gpus: Of each actor; `None`: 1 where the cluster has GPUs, else 0.
+        engine_kwargs: Further arguments of vLLM's engine.
+    """
+
+    command: list[str]
+    images: Path
+    model: str | None
+    prompts: list[str]
+    output: Path
+    image_folder: Path | None
+    conv_template: str | None
+    image_aspect_ratio: str | None
+    config: PruMergeConfig
+    engine: str
+    engine_kwargs: Mapping[str, Any]
+    address: str | None
+    actors: int | None
+    num_cpus: float
+    num_gpus: float | None
+    backend: str
+    dtype: str
+    batch_size: int
+    max_new_tokens: int
+    retry_errors: bool
+    shows_progress: bool
+
+
+def check_installed(engine: str) -> None:
+    """Raises InputError where Ray is not installed, or what the engine needs."""
+    needed = [("ray", "ray")] + ([("vllm", "vllm")] if engine == "vllm" else [])
+    for package, extra in needed:
+        if importlib.util.find_spec(package) is None:
+            asked = "batch" if package == "ray" else f"--engine {engine}"
+            raise InputError(
+                f"{asked}: expected {package} to be installed, got none; "
+                f'run: pip install "prumerge_fast[{extra}]"'
+            )
