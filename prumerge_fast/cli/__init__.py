@@ -1,4 +1,4 @@
-"""The command line: `prumerge-fast compare`, `show`, `cost`, `evaluate` and `doctor`.
+"""The command line: `prumerge-fast compare`, `show`, `cost`, `evaluate`, `batch` and `doctor`.
 
 Only what parses the arguments is imported here; PyTorch and transformers are imported by the
 command that needs them, so that `--help` is instant.
@@ -10,6 +10,8 @@ error says what is wrong); 130 interrupted.
 from __future__ import annotations
 
 import io
+import json
+import math
 import sys
 from collections.abc import Sequence
 from enum import Enum
@@ -47,6 +49,11 @@ class Merge(str, Enum):
     none = "none"
 
 
+class Engine(str, Enum):
+    transformers = "transformers"
+    vllm = "vllm"
+
+
 class Backend(str, Enum):
     auto = "auto"
     triton = "triton"
@@ -60,8 +67,19 @@ def _whole_number(value: str) -> int:
     return int(value)
 
 
-def _count_option(description: str) -> Any:
-    return typer.Option(parser=_whole_number, metavar="N", help=description)
+def _resource(value: str) -> float:
+    """As Ray takes it: parts of one, or whole ones."""
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf or (number > 1 and number != int(number)):
+        raise typer.BadParameter(f"expected a whole number or a share of 1, got {value}")
+    return number
+
+
+def _count_option(description: str, **options: Any) -> Any:
+    return typer.Option(parser=_whole_number, metavar="N", help=description, **options)
 
 
 ModelOption = Annotated[
@@ -434,6 +452,128 @@ def _evaluate(
     )
 
 
+@app.command("batch")
+def _batch(
+    context: typer.Context,
+    images: Annotated[
+        Path,
+        typer.Argument(
+            metavar="IMAGES",
+            help="A folder, with those in it; an image; or a manifest (.jsonl or .parquet) whose "
+            "rows have an image and, if they like, a prompt of their own.",
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "--out",
+            "-o",
+            metavar="DIR",
+            help="The folder of the answers. The same command again does only what is missing.",
+        ),
+    ],
+    model: ModelOption = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A question about every image; may be repeated. One that contains `<image>` is "
+            "taken as the whole prompt, another gets the model's chat format."
+        ),
+    ] = None,
+    image_folder: Annotated[
+        Path | None,
+        typer.Option(help="Where a manifest's images are.", show_default="beside the manifest"),
+    ] = None,
+    conv_template: ConvTemplateOption = None,
+    image_aspect_ratio: AspectRatioOption = None,
+    variant: Annotated[Variant, typer.Option()] = Variant.prumerge,
+    keep: KeepOption = None,
+    neighbours: NeighboursOption = 32,
+    merge: MergeOption = Merge.sum,
+    engine: Annotated[
+        Engine,
+        typer.Option(
+            help="transformers: patched models; vllm: `ray.data.llm` (extra: vllm), with --keep."
+        ),
+    ] = Engine.transformers,
+    engine_kwargs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JSON",
+            help="More arguments of vLLM's engine, such as '{\"max_model_len\": 4096}'.",
+        ),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a Ray cluster that runs, or auto.",
+            show_default="Ray is started on this machine, and ended",
+        ),
+    ] = None,
+    actors: Annotated[
+        int | None,
+        _count_option("How many models run at once.", show_default="one a GPU; without GPUs one"),
+    ] = None,
+    num_cpus: Annotated[
+        float, typer.Option(parser=_resource, metavar="N", help="CPUs that Ray keeps for each actor.")
+    ] = 1.0,
+    num_gpus: Annotated[
+        float | None,
+        typer.Option(
+            parser=_resource,
+            metavar="N",
+            help="GPUs of each actor; 0.5: two share one.",
+            show_default="1 where there are GPUs",
+        ),
+    ] = None,
+    backend: BackendOption = Backend.auto,
+    dtype: DtypeOption = Dtype.auto,
+    batch_size: Annotated[int, _count_option("Questions an actor is given at once.")] = 16,
+    max_new_tokens: Annotated[int, _count_option("Longest answer.")] = 64,
+    retry_errors: Annotated[
+        bool, typer.Option("--retry-errors", help="Ask again what has an error in DIR.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Answers about very many images, on one machine or a cluster, by Ray Data (extra: ray).
+
+    DIR gets answers/*.parquet and answers.jsonl, with a row for every image and prompt. An image
+    that cannot be asked about is a row with its error, and the exit code is 2 at the end.
+    """
+    from prumerge_fast.serving.batch.options import BatchOptions, check_installed
+
+    check_installed(engine.value)
+    from prumerge_fast.cli.batch import run
+
+    run(
+        BatchOptions(
+            command=context.obj,
+            images=images,
+            model=model,
+            prompts=list(dict.fromkeys(prompt or [])),
+            output=output,
+            image_folder=image_folder,
+            conv_template=_value(conv_template),
+            image_aspect_ratio=_value(image_aspect_ratio),
+            config=_config(variant, keep, neighbours, merge),
+            engine=engine.value,
+            engine_kwargs=_engine_kwargs(engine_kwargs, engine),
+            address=address,
+            actors=actors,
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            backend=backend.value,
+            dtype=dtype.value,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            retry_errors=retry_errors,
+            shows_progress=sys.stderr.isatty(),
+        ),
+        as_json=as_json,
+    )
+
+
 @app.command("doctor")
 def _doctor(context: typer.Context, as_json: JsonOption = False) -> None:
     """What is installed, which backend will run, and why."""
@@ -483,6 +623,20 @@ def _config(variant: Variant, keep: str | None, neighbours: int, merge: Merge) -
             "--keep: expected a whole number >= 1 (tokens) or a share in (0, 1] such as 0.25, "
             f"got {keep}"
         ) from None
+
+
+def _engine_kwargs(text: str | None, engine: Engine) -> dict[str, Any]:
+    if text is None:
+        return {}
+    if engine is not Engine.vllm:
+        raise InputError(f"--engine-kwargs: expected --engine vllm beside it, got {engine.value}")
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"--engine-kwargs: expected a JSON object, got {text} ({error})") from None
+    if not isinstance(found, dict):
+        raise InputError(f"--engine-kwargs: expected a JSON object, got {text}")
+    return found
 
 
 def _bits(load_in_4bit: bool, load_in_8bit: bool) -> int | None:

@@ -107,14 +107,16 @@ def failures(items: Sequence[Item], failed: Mapping[int, str]) -> list[dict[str,
     ]
 
 
-def failures_line(pictures: int, failed: Sequence[Mapping[str, Any]]) -> str:
+def failures_line(
+    pictures: int, failed: Sequence[Mapping[str, Any]], could_not: str = "be read"
+) -> str:
     """How many of so many pictures could not be read, and what is wrong with the first."""
     broken = len({(entry["image"], entry["modality"]) for entry in failed})
     if pictures == 1:
-        which = f"the {failed[0]['modality']} could not be read"
+        which = f"the {failed[0]['modality']} could not {could_not}"
     elif broken < pictures:
-        which = f"{broken} of {pictures} pictures could not be read"
+        which = f"{broken} of {pictures} pictures could not {could_not}"
     else:
-        which = f"none of the {pictures} pictures could be read"
+        which = f"none of the {pictures} pictures could {could_not}"
     more = f"; and {broken - 1} more" if broken > 1 else ""
     return f"{which}: {failed[0]['error']}{more}"

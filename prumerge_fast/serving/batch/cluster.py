@@ -1,0 +1,127 @@
+"""Ray, started for one job or joined, with room for what the job runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+import torch
+
+from prumerge_fast.errors import InputError
+
+# Beside the actors, Ray Data runs one that leaves out what is done, and tasks that read and write.
+# Without a CPU for them, everything waits for ever.
+SPARE_CPUS = 2
+
+
+@dataclass(frozen=True)
+class Actors:
+    """How many there are, and what Ray sets aside for each."""
+
+    count: int
+    num_cpus: float
+    num_gpus: float
+
+
+@contextmanager
+def running(
+    address: str | None,
+    actors: int | None,
+    num_cpus: float,
+    num_gpus: float | None,
+    folder: Path,
+) -> Iterator[Actors]:
+    """Has Ray run, and this process with it, until the block ends.
+
+    Args:
+        address: Of a cluster that runs, as `ray.init` takes it; `None`: one is started, on this
+            machine, and ended.
+        actors: How many; `None`: as many as there are GPUs for, without GPUs one.
+        num_cpus: Of each actor.
+        num_gpus: Of each actor; `None`: 1 where there are GPUs, else 0.
+        folder: Where workers look for modules instead of in this process' folder, in which any
+            folder may have the name of a package.
+
+    Yields:
+        The actors, which can all run at once.
+
+    Raises:
+        InputError: There is no such cluster, or the actors cannot all run on it.
+    """
+    # Else Ray hides all devices from actors without a GPU, which vLLM takes for a broken one.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if address is None:
+        cpus, gpus = os.cpu_count() or 1, torch.cuda.device_count()
+        found = _actors([{"CPU": cpus, "GPU": gpus}], actors, num_cpus, num_gpus)
+        # Cores are shared, so the spare ones need not be there.
+        room = max(cpus, -(-found.count * found.num_cpus // 1) + SPARE_CPUS)
+        _init(folder, address="local", num_cpus=int(room), num_gpus=gpus, include_dashboard=False)
+    else:
+        try:
+            _init(folder, address=address)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise InputError(
+                f"--address: expected a Ray cluster that runs, got {address} ({error})"
+            ) from None
+    try:
+        if address is not None:
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            found = _actors(nodes, actors, num_cpus, num_gpus)
+            total = sum(node.get("CPU", 0) for node in nodes)
+            if total < found.count * found.num_cpus + SPARE_CPUS:
+                raise InputError(
+                    f"--actors: expected a cluster with {SPARE_CPUS} CPUs beside those of the "
+                    f"actors, for reading and writing, got {total:g} CPUs in all for "
+                    f"{found.count} actors of {found.num_cpus:g}"
+                )
+        yield found
+    finally:
+        ray.shutdown()
+
+
+def _init(folder: Path, **arguments: object) -> None:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **arguments)
+    finally:
+        os.chdir(before)
+
+
+def _actors(
+    nodes: Sequence[Mapping[str, float]],
+    count: int | None,
+    num_cpus: float,
+    num_gpus: float | None,
+) -> Actors:
+    """What is asked for, or follows from the nodes' resources.
+
+    Raises:
+        InputError: They cannot all run at once.
+    """
+    if num_cpus <= 0:
+        raise InputError(f"--num-cpus: expected more than 0, got {num_cpus:g}")
+    if num_gpus is None:
+        num_gpus = 1 if any(node.get("GPU", 0) for node in nodes) else 0
+    places = sum(
+        min(
+            int(node.get("CPU", 0) / num_cpus + 1e-6),
+            int(node.get("GPU", 0) / num_gpus + 1e-6) if num_gpus else 2**31,
+        )
+        for node in nodes
+    )
+    if count is None:
+        count = places if num_gpus else 1
+    if count > places or not places:
+        cpus, gpus = (sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU"))
+        raise InputError(
+            f"--actors: expected at most {places} of {num_cpus:g} CPUs and {num_gpus:g} GPUs each "
+            f"on {cpus:g} CPUs and {gpus:g} GPUs, got {max(count, 1)}"
+        )
+    return Actors(count, num_cpus, num_gpus)
