@@ -11,6 +11,7 @@ from vllm.model_executor.models.llava import LlavaDummyInputsBuilder
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from prumerge_fast.families.crops import crop_counts, crop_layout, prune_crops, with_newlines
+from prumerge_fast.reduction.config import PruMergeConfig
 from prumerge_fast.reduction.dispatch import prune_merge
 from prumerge_fast.reduction.padding import within_budget
 from prumerge_fast.serving.vllm.checks import num_patches
@@ -56,7 +57,8 @@ class PruMergeLlavaNext(PrunedModel, base.LlavaNextForConditionalGeneration):
         return super()._parse_and_validate_image_input(**kwargs)
 
     def _process_image_input(self, image_input: Any) -> Any:
-        if self.prumerge is None or image_input["type"] == "image_embeds":
+        config = self.prumerge
+        if config is None or image_input["type"] == "image_embeds":
             return super()._process_image_input(image_input)
         sizes = image_input["image_sizes"]
         counts = crop_counts(self.config, sizes)
@@ -68,15 +70,17 @@ class PruMergeLlavaNext(PrunedModel, base.LlavaNextForConditionalGeneration):
                     image_input["pixel_values"][images], counts[images], strict=True
                 )
             ]
-            features += self._encode(torch.cat(crops), counts[images], sizes[images])
+            features += self._encode(torch.cat(crops), counts[images], sizes[images], config)
         return features
 
-    def _encode(self, crops: Tensor, counts: list[int], sizes: Tensor) -> list[Tensor]:
+    def _encode(
+        self, crops: Tensor, counts: list[int], sizes: Tensor, config: PruMergeConfig
+    ) -> list[Tensor]:
         """The tokens [n, D] of each image, from the crops [K, 3, H, W] of all."""
         layout = crop_layout(self.config, counts, sizes, num_patches(self.config))
-        rows = prune_crops(*self.read(crops), layout, self.prumerge, "auto", prune_merge)
-        features = self.multi_modal_projector(rows.tokens)  # [R, D]
+        rows = prune_crops(*self.read(crops), layout, config, "auto", prune_merge)
+        projected = self.multi_modal_projector(rows.tokens)  # [R, D]
         features, lengths = with_newlines(
-            features, self.image_newline, rows, layout, self.prumerge.order
+            projected, self.image_newline, rows, layout, config.order
         )
         return list(features.split(lengths))

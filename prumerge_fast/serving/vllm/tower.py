@@ -39,20 +39,20 @@ class Reader(nn.Module):
         super().__init__()
         width = vision_config.hidden_size
         self.layer_norm1 = nn.LayerNorm(width, eps=vision_config.layer_norm_eps)
-        self.self_attn = nn.Module()
-        for name in ("q_proj", "k_proj"):
-            self.self_attn.add_module(
-                name,
-                ReplicatedLinear(
+        self.self_attn = nn.ModuleDict(
+            {
+                name: ReplicatedLinear(
                     width, width, quant_config=quant_config, prefix=f"{prefix}.self_attn.{name}"
-                ),
-            )
+                )
+                for name in ("q_proj", "k_proj")
+            }
+        )
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The class token's query [B, C] and the keys [B, 1+N, C] of features [B, 1+N, C]."""
         normed = self.layer_norm1(hidden)  # [B, 1+N, C]
-        keys, _ = self.self_attn.k_proj(normed)
-        query, _ = self.self_attn.q_proj(normed[:, 0])
+        keys, _ = self.self_attn["k_proj"](normed)
+        query, _ = self.self_attn["q_proj"](normed[:, 0])
         return query, keys
 
 
