@@ -516,7 +516,8 @@ def _batch(
         _count_option("How many models run at once.", show_default="one a GPU; without GPUs one"),
     ] = None,
     num_cpus: Annotated[
-        float, typer.Option(parser=_resource, metavar="N", help="CPUs that Ray keeps for each actor.")
+        float,
+        typer.Option(parser=_resource, metavar="N", help="CPUs that Ray keeps for each actor."),
     ] = 1.0,
     num_gpus: Annotated[
         float | None,

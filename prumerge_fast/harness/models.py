@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
 import sys
@@ -168,6 +169,20 @@ def describe(model: str | Path) -> Described:
     except UnsupportedModelError as error:
         raise InputError(f"--model {source}: {error}") from None
     return Described(source, name, config, family, model_class)
+
+
+def patches_of(described: Described) -> int:
+    """N, the patch tokens of an image; the model is made without memory for its weights.
+
+    Raises:
+        UnsupportedModelError: PruMerge cannot work on this model of a supported family.
+    """
+    config = copy.deepcopy(described.config)
+    config.get_text_config().num_hidden_layers = 1  # they take their time, and say nothing here
+    with torch.device("meta"):
+        llava = described.model_class(config)
+    described.family.check(llava)
+    return described.family.num_patches(llava)
 
 
 def conversation(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,14 @@ from prumerge_fast.errors import InputError
 # Beside the actors, Ray Data runs one that leaves out what is done, and tasks that read and write.
 # Without a CPU for them, everything waits for ever.
 SPARE_CPUS = 2
+# Of this process and of the cluster that it starts, where the caller's has nothing else.
+_ENVIRONMENT = {
+    # Else Ray hides all devices from actors without a GPU, which vLLM takes for a broken one.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+}
 
 
 @dataclass(frozen=True)
@@ -53,9 +62,8 @@ def running(
     Raises:
         InputError: There is no such cluster, or the actors cannot all run on it.
     """
-    # Else Ray hides all devices from actors without a GPU, which vLLM takes for a broken one.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     if address is None:
         cpus, gpus = os.cpu_count() or 1, torch.cuda.device_count()
         found = _actors([{"CPU": cpus, "GPU": gpus}], actors, num_cpus, num_gpus)
@@ -64,8 +72,9 @@ def running(
         _init(folder, address="local", num_cpus=int(room), num_gpus=gpus, include_dashboard=False)
     else:
         try:
+            _check_answers(address)
             _init(folder, address=address)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise InputError(
                 f"--address: expected a Ray cluster that runs, got {address} ({error})"
             ) from None
@@ -83,6 +92,13 @@ def running(
         yield found
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Raises OSError where nothing listens at HOST:PORT, for which Ray would wait very long."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdecimal() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _init(folder: Path, **arguments: object) -> None:

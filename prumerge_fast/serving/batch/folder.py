@@ -72,7 +72,7 @@ class BatchFolder:
             raise InputError(f"--output: expected a writable folder, got {error}") from None
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:
-        """Writes down what answers depend on, or compares it with what an earlier run wrote.
+        """Writes down what answers depend on; where there are answers, compares it.
 
         Raises:
             InputError: That run had other settings, or the folder holds something else.
@@ -85,6 +85,7 @@ class BatchFolder:
                     f"--output: expected a new or empty folder or one of an earlier run, got "
                     f"{self.path}, which holds {min(others)}"
                 )
+        if not self._settings.exists() or not self._committed():
             text = json.dumps(expected, indent=1, ensure_ascii=False)
             write_whole(self._settings, f"{text}\n", errors="strict")
             return

@@ -20,7 +20,7 @@ from ray.data import DataContext, Dataset
 from prumerge_fast.demo import MODEL_DIR
 from prumerge_fast.errors import InputError, PruMergeError
 from prumerge_fast.evaluation import fingerprint
-from prumerge_fast.harness.models import Described, describe, resolve_dtype
+from prumerge_fast.harness.models import Described, check_keep, describe, patches_of, resolve_dtype
 from prumerge_fast.harness.provenance import provenance
 from prumerge_fast.serving.batch.cluster import Actors, running
 from prumerge_fast.serving.batch.folder import BatchFolder
@@ -49,6 +49,12 @@ def run(options: BatchOptions, remark: Callable[[str], None]) -> dict[str, Any]:
     for line in remarks:
         remark(line)
     described = describe(options.model or MODEL_DIR)
+    check_keep(options.config, patches_of(described))
+    if options.engine == "vllm" and options.config.keep is None:
+        raise InputError(
+            "--keep: expected a number or a share with --engine vllm, which counts an image's "
+            "tokens before it sees the image, got none"
+        )
     folder = BatchFolder(options.output)
     with (
         folder.taken(),
@@ -140,7 +146,9 @@ def _ask(
     context.checkpoint_config = folder.checkpoint_config()
     context.enable_progress_bars = options.shows_progress
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # The second starts 32 processes to read the footer of one file.
+    context.use_datasource_v2 = False
+    _quiet()
     batches = math.ceil(missing / (options.batch_size * actors.count * _BLOCKS))
     most = max(_MOST_ROWS // options.batch_size, 1)
     # One file is one block, which one actor would get.
@@ -153,6 +161,14 @@ def _ask(
         raise _as_input_error(error) from error
     finally:
         context.checkpoint_config = None
+
+
+def _quiet() -> None:
+    """Leaves standard error to our own messages; what Ray Data logs stays in its file."""
+    for name in ("ray", "ray.data"):
+        for handler in logging.getLogger(name).handlers:
+            if isinstance(handler, logging.StreamHandler):
+                handler.setLevel(logging.CRITICAL)
 
 
 def _as_input_error(error: Exception) -> PruMergeError:
