@@ -79,9 +79,10 @@ def crop_layout(config: Any, counts: list[int], image_sizes: Any, patches: int) 
     """
     from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
+    reads_only_config: Any = SimpleNamespace(config=config)
     numbers = torch.arange(sum(counts) * patches).view(-1, patches, 1)  # [K, N, 1]
     packed, _ = LlavaNextModel.pack_image_features(
-        SimpleNamespace(config=config),
+        reads_only_config,
         numbers.split(counts),
         image_sizes,
         "default",

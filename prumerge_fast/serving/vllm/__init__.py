@@ -9,12 +9,13 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Put this package's models in the place of vLLM's; without the setting they are the same.
-
-    Only names are registered: vLLM imports the models when it runs one.
-    """
+    """Put this package's models in the place of vLLM's; without the setting they are the same."""
     from vllm import ModelRegistry
 
+    from prumerge_fast.serving.vllm.checks import PRUNED, add_checks
+
+    # By name: vLLM imports the models where it runs them.
     models = f"{__name__}.llava:PruMergeLlava", f"{__name__}.llava_next:PruMergeLlavaNext"
-    ModelRegistry.register_model("LlavaForConditionalGeneration", models[0])
-    ModelRegistry.register_model("LlavaNextForConditionalGeneration", models[1])
+    for architecture, model in zip(PRUNED, models, strict=True):
+        ModelRegistry.register_model(architecture, model)
+    add_checks()
