@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import ReplicatedLinear
@@ -122,15 +121,3 @@ class PrunedModel:
                 f"the layer that reads the features ({', '.join(sorted(missing))})"
             )
         return loaded
-
-
-def embeddings_of_any_length(image_embeds: Any) -> list[Tensor] | None:
-    """Embeddings [n, D] of images whose n differ, as vLLM batches them; else `None`.
-
-    vLLM's schema wants one n for all images of a batch and fails the engine otherwise.
-    """
-    if isinstance(image_embeds, (list, tuple)) and all(
-        isinstance(one, torch.Tensor) for one in image_embeds
-    ):
-        return list(image_embeds)
-    return None
