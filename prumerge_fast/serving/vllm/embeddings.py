@@ -36,17 +36,25 @@ class CheckedParser(MultiModalDataParser):
                 "image_embeds: expected an embedding [n, D] of each image, got fields named "
                 f"{', '.join(map(repr, data))}"
             )
-        # Of three or four dimensions, tensors may be pixels.
-        for index, one in enumerate(data if isinstance(data, (list, tuple)) else ()):
-            if isinstance(one, Tensor) and not 2 <= one.ndim <= 4:
-                raise VLLMValidationError(
-                    f"image_embeds[{index}]: expected [n, D], got {list(one.shape)}"
-                )
+        self._check_shapes(data)
         items = super()._parse_image_data(data)
         if isinstance(items, ImageEmbeddingItems):
             for index, embedding in enumerate(items.get_all()):
                 check_embedding(embedding, self._dtype, f"image_embeds[{index}]")
         return items
+
+    def _check_shapes(self, data: Any) -> None:
+        """Raises where vLLM would take embeddings of odd shapes for pixels [3, height, width]."""
+        if isinstance(data, Tensor) and data.ndim > 3:  # as the server stacks them
+            data = list(data)
+        for index, one in enumerate(data if isinstance(data, (list, tuple)) else ()):
+            if not isinstance(one, Tensor):
+                continue
+            is_batch = one.ndim == 3 and one.shape[-1] == self.expected_hidden_size
+            if is_batch or one.ndim not in (2, 3):
+                raise VLLMValidationError(
+                    f"image_embeds[{index}]: expected [n, D], got {list(one.shape)}"
+                )
 
 
 class CheckedEmbeddings:
