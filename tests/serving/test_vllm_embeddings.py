@@ -1,11 +1,10 @@
-"""What the plugin does for embeddings in place of images, without an engine."""
+"""Embeddings in place of images: how the plugin reads them, and answers from an encoder stage."""
 
 import pytest
 import torch
+from engines import engine, expected, said, saved_demo
 from PIL import Image
 from saved_families import save
-
-pytest.importorskip("vllm", reason="vLLM is not installed; CI has it in a step of its own")
 from vllm.config import ModelConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models.llava import LlavaImageEmbeddingInputs
@@ -14,6 +13,9 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.media.image import ImageEmbeddingMediaIO
 from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems
 
+from prumerge_fast.demo.items import items_from_demo
+from prumerge_fast.reduction.config import PruMergeConfig
+from prumerge_fast.serving import PruMergeEncoder
 from prumerge_fast.serving.vllm import register
 
 WIDTH = 64
@@ -94,3 +96,24 @@ def test_registered_twice_reads_as_once():
     assert ImageEmbeddingMediaIO.load_bytes is load
     with pytest.raises(VLLMValidationError, match=r"7 bytes that are none"):
         ImageEmbeddingMediaIO().load_bytes(b"garbage")
+
+
+SHAPES = [(168, 168), (500, 160), (160, 500), (700, 90), (333, 401)]
+
+
+def test_llava_next_from_an_encoder_stage(tmp_path):
+    """Rows that each picture decides, in both orders, for an engine without a vision tower."""
+    folder = saved_demo(tmp_path / "next", "LlavaNext")
+    scenes = [item.load() for item in items_from_demo(len(SHAPES))]
+    pictures = [scene.resize(shape) for scene, shape in zip(scenes, SHAPES, strict=True)]
+    text = "USER: {} What is it? ASSISTANT:"
+    asked = [(text.format("<image>\n"), [one]) for one in pictures]
+    asked.append((text.format("<image>\n" * 3), pictures[:3]))
+    options = {"limit_mm_per_prompt": {"image": 0}, "enable_mm_embeds": True}
+    with engine(folder, max_model_len=2048, **options) as llm:
+        for order in ("attention", "raster"):
+            config = PruMergeConfig(order=order)
+            encoder = PruMergeEncoder(folder, config, dtype="float32")
+            found = said(llm, [(prompt, encoder.encode(images)) for prompt, images in asked])
+            assert [answer for answer, _ in found] == expected(folder, asked, config)
+            assert len({length for _, length in found}) > 3
