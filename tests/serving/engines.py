@@ -48,8 +48,13 @@ def engine(model: Path, prumerge: dict[str, Any] | None = None, **options: Any) 
     try:
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
-        vllm.distributed.cleanup_dist_env_and_memory()
+        shut_down(llm)
+
+
+def shut_down(llm: Any) -> None:
+    """So that another engine can start in this process."""
+    llm.llm_engine.engine_core.shutdown()
+    vllm.distributed.cleanup_dist_env_and_memory()
 
 
 def requests(prompts: Sequence[Prompt]) -> list[Any]:

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from engines import expected
+from recipes import run
 from transformers import AutoTokenizer
 
 from prumerge_fast.demo import MODEL_DIR, PROMPT
@@ -178,6 +179,16 @@ def test_several_embeddings_in_a_prompt(server, questions, embeddings):
     between = both - one - len(embeddings[1])  # tokens that the template writes for an image
     assert both == other + len(embeddings[0]) + between
     assert 0 <= between <= 2
+
+
+def test_the_documents_client(server, questions, tmp_path, monkeypatch, capsys):
+    questions[0][0].save(tmp_path / "picture.png")
+    monkeypatch.chdir(tmp_path)
+    changed = {f'model="{MODEL_DIR.as_posix()}"': 'model="demo"'}
+    run({}, "encoder-client", **changed, **{"http://localhost:8000": server.url})
+    *answer, tokens = capsys.readouterr().out.split()
+    assert answer
+    assert int(tokens) < 100
 
 
 def npy(values, **options):
