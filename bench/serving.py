@@ -11,6 +11,7 @@ other numbers of layers, in the result file stay.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -54,6 +55,8 @@ def main(arguments: list[str] | None = None) -> Path:
     for name in ("layers", "requests", "rounds"):
         if getattr(options, name) < 1:
             parser.error(f"--{name}: expected at least 1, got {getattr(options, name)}")
+    if importlib.util.find_spec("vllm") is None:
+        raise InputError("vLLM: expected it to be installed, it is not; run: pip install '.[vllm]'")
     rows = script.read_result("--output", options.output) if options.output.exists() else []
     with script.taking_apart("--output", options.output):
         mine = (options.decoder, options.layers, options.dtype)
