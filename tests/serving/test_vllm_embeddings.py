@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from engines import engine, expected, said, saved_demo, shut_down
+from engines import engine, expected, said, saved_demo
 from PIL import Image
-from recipes import run
 from saved_families import save
 from vllm.config import ModelConfig
 from vllm.exceptions import VLLMValidationError
@@ -118,15 +117,3 @@ def test_llava_next_from_an_encoder_stage(tmp_path):
             found = said(llm, [(prompt, encoder.encode(images)) for prompt, images in asked])
             assert [answer for answer, _ in found] == expected(folder, asked, config)
             assert len({length for _, length in found}) > 3
-
-
-def test_the_documents_encoder(tmp_path, monkeypatch, capsys):
-    items_from_demo(1)[0].load().save(tmp_path / "picture.png")
-    monkeypatch.chdir(tmp_path)
-    here = 'enforce_eager=True, max_model_len=512, distributed_executor_backend="uni", '
-    names = {}
-    run(names, "encoder", enable_mm_embeds=here + "enable_mm_embeds")
-    shut_down(names["llm"])
-    *answer, tokens = capsys.readouterr().out.split()
-    assert answer
-    assert int(tokens) > len(names["embedding"])
