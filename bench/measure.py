@@ -7,7 +7,8 @@
 `python bench/update_docs.py` then brings the documents up to date. A step works in a folder below
 runs/measure, and its old result stays until it has succeeded; the same command goes on where it
 was stopped. Nothing else should run on the machine meanwhile. The demo model is not trained anew
-(`python -m prumerge_fast.demo.train`), and a GPU has a command of its own (`bench/gpu.py`).
+(`python -m prumerge_fast.demo.train`), and a GPU has a command of its own (`bench/gpu.py`). The
+last step, serving-cpu, needs the extra `vllm`.
 """
 
 from __future__ import annotations
@@ -97,6 +98,13 @@ STEPS = (
         "demo-finetune",
         ("python -m prumerge_fast.demo.finetune --output {output}",),
         made="result.json",
+    ),
+    Step(  # needs the extra vllm
+        "serving-cpu",
+        (
+            "python bench/serving.py --output {output}",
+            "python bench/serving.py --output {output} --decoder 7b --layers 4",
+        ),
     ),
 )
 

@@ -93,11 +93,10 @@ def real_shape(precision: str, device: torch.device, layers: int) -> Subject:
     return Subject(model.to(device), preprocess, layers, DECODER_LAYERS)
 
 
-def random_llava(layers: int, dtype: torch.dtype = torch.float32) -> LlavaForConditionalGeneration:
-    """LLaVA-1.5-7B with random weights and some of its decoder layers."""
-    torch.manual_seed(0)
+def llava_1_5_config(layers: int) -> LlavaConfig:
+    """LLaVA-1.5-7B's, with some of its decoder layers."""
     tower, decoder = LLAVA_1_5_7B.tower, LLAVA_1_5_7B.decoder
-    config = LlavaConfig(
+    return LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=tower.width,
             intermediate_size=tower.mlp_width,
@@ -116,6 +115,12 @@ def random_llava(layers: int, dtype: torch.dtype = torch.float32) -> LlavaForCon
         image_token_id=IMAGE_TOKEN_ID,
         image_token_index=IMAGE_TOKEN_ID,
     )
+
+
+def random_llava(layers: int, dtype: torch.dtype = torch.float32) -> LlavaForConditionalGeneration:
+    """LLaVA-1.5-7B with random weights and some of its decoder layers."""
+    torch.manual_seed(0)
+    config = llava_1_5_config(layers)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

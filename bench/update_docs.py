@@ -24,6 +24,7 @@ import demo_tables
 import end_to_end_tables
 import kernel_tables
 import script
+import serving_tables
 import support_table
 from PIL import Image
 
@@ -140,6 +141,20 @@ def end_to_end(*, only: tuple[str, str, int] | None = None) -> str:
     return f"{end_to_end_tables.markdown(run, spreads_in=spreads)}\n\n{_provenance(run, name)}"
 
 
+def _serving(table: Callable[[list[dict[str, Any]]], str]) -> Callable[[], str]:
+    """A table of what `bench/serving.py` measured, by one command for each row."""
+
+    def build() -> str:
+        name = "serving-cpu.json"
+        rows = _read(name)
+        commands = "`, `".join(" ".join(row["command"]) for row in rows)
+        vllm = rows[-1]["versions"]["vllm"]
+        origin = _provenance({**rows[-1], "command": [commands]}, name)
+        return f"{table(rows)}\n\nvLLM {vllm}. {origin}"
+
+    return build
+
+
 def _from_run(name: str, table: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
     """A table with the provenance of the result file that it is of."""
 
@@ -179,6 +194,9 @@ TABLES = {
     "end_to_end": end_to_end,
     "seven_billion": functools.partial(end_to_end, only=("llava-1.5-7b", "bfloat16", 1)),
     "support": support_table.table,
+    "sizing": _from_run("cost.json", serving_tables.sizing),
+    "throughput": _serving(serving_tables.throughput),
+    "encoder_memory": _serving(serving_tables.memory),
     "paired": _from_run("demo-accuracy.json", accuracy_tables.paired),
 }
 

@@ -1,4 +1,4 @@
-"""The blocks of docs/recipes.md and docs/finetuning.md, made to run on the demo model."""
+"""The blocks of documents, made to run on the demo model."""
 
 import re
 from pathlib import Path
@@ -7,9 +7,10 @@ from typing import Any
 from prumerge_fast.demo import MODEL_DIR
 
 DOCS = Path(__file__).parents[1] / "docs"
+DOCUMENTS = ("recipes.md", "finetuning.md", "serving.md")
 BLOCKS = {
     name: code
-    for document in ("recipes.md", "finetuning.md")
+    for document in DOCUMENTS
     for name, code in re.findall(
         r"<!-- recipe:([\w-]+) -->\n```python\n(.*?)```\n<!-- /recipe:\1 -->",
         (DOCS / document).read_text(),

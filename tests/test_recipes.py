@@ -1,4 +1,4 @@
-"""The blocks of docs/recipes.md and docs/finetuning.md run, on the demo model."""
+"""The blocks of documents run, on the demo model; those with vLLM are run in `tests/serving`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from recipes import BLOCKS, DOCS, run
+from recipes import BLOCKS, DOCS, DOCUMENTS, run
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
@@ -42,10 +42,8 @@ def answer(names: dict[str, Any], model: Any) -> torch.Tensor:
 
 
 def test_no_block_is_left_out() -> None:
-    blocks = sum(
-        (DOCS / name).read_text().count("```python") for name in ("recipes.md", "finetuning.md")
-    )
-    assert blocks == len(BLOCKS) == 8
+    blocks = sum((DOCS / name).read_text().count("```python") for name in DOCUMENTS)
+    assert blocks == len(BLOCKS) == 11
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -12,6 +12,7 @@ from prumerge_fast.cli import report
 from prumerge_fast.demo import MODEL_DIR
 from prumerge_fast.harness.provenance import provenance
 from prumerge_fast.reduction.dispatch import resolve_backend
+from prumerge_fast.serving.installed import plugin
 
 
 def run(command: list[str], *, as_json: bool) -> None:
@@ -22,6 +23,7 @@ def run(command: list[str], *, as_json: bool) -> None:
         "demo_model": {"folder": str(MODEL_DIR), "present": (MODEL_DIR / "config.json").is_file()},
         "cuda": torch.version.cuda,
         "devices": {str(device): _describe(device) for device in devices},
+        "vllm_plugin": plugin()._asdict(),
         "backends": {str(device): resolve_backend("auto", device)._asdict() for device in devices},
         **provenance(command, devices[-1]),
     }
@@ -50,6 +52,12 @@ def _table(found: dict[str, Any]) -> Table:
         backend = found["backends"][device]
         table.add_row(device, description)
         table.add_row("", f"backend {backend['name']}: {backend['reason']}")
+    table.rows[-1].end_section = True
+    vllm = found["vllm_plugin"]
+    table.add_row("vLLM", vllm["vllm"] or "not installed")
+    if vllm["vllm"]:
+        charge = "in charge" if vllm["in_charge"] else "not in charge"
+        table.add_row("", f"plugin {charge}: {vllm['reason']}")
     table.rows[-1].end_section = True
     model = found["demo_model"]
     table.add_row("demo model", model["folder"] if model["present"] else "missing")

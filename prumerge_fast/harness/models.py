@@ -260,30 +260,40 @@ def _family(config: Any, source: str) -> tuple[Adapter, Any]:
     )
 
 
-def read_config(source: str, expected: str) -> Any:
+def read_config(
+    source: str, expected: str, *, name: str = "--model", revision: str | None = None
+) -> Any:
     """The configuration in a folder or on the hub.
 
+    Args:
+        source: Folder or hub name.
+        expected: What the error says was.
+        name: What errors call the argument.
+        revision: Branch, tag or commit on the hub.
+
     Raises:
-        InputError: There is none, or it is broken; `expected` says what was.
+        InputError: There is none, or it is broken.
     """
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, revision=revision)
     except Exception as error:  # what values of the wrong kind raise depends on where they are
         raise InputError(
-            f"--model: expected {expected}, got {source} ({type(error).__name__}: {error})"
+            f"{name}: expected {expected}, got {source} ({type(error).__name__}: {error})"
         ) from None
     architectures = config.architectures or []
     if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
         raise InputError(
-            f"--model {source}: architectures: expected a list of names, got {architectures!r}"
+            f"{name} {source}: architectures: expected a list of names, got {architectures!r}"
         )
     return config
 
 
-def resolve_device(device: str) -> torch.device:
+def resolve_device(device: str, name: str = "--device") -> torch.device:
     """The device of that name; for "auto" a GPU where there is one, otherwise the CPU.
+
+    Errors call the argument `name`.
 
     Raises:
         InputError: There is no such device.
@@ -294,13 +304,13 @@ def resolve_device(device: str) -> torch.device:
         target = torch.device(device)
     except RuntimeError:
         raise InputError(
-            f"--device: expected auto, cpu, cuda or cuda:INDEX, got {device!r}"
+            f"{name}: expected auto, cpu, cuda or cuda:INDEX, got {device!r}"
         ) from None
     if target.type not in ("cpu", "cuda"):
-        raise InputError(f"--device: expected auto, cpu, cuda or cuda:INDEX, got {device!r}")
+        raise InputError(f"{name}: expected auto, cpu, cuda or cuda:INDEX, got {device!r}")
     if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
         raise InputError(
-            f"--device: expected one of the {torch.cuda.device_count()} CUDA devices that PyTorch "
+            f"{name}: expected one of the {torch.cuda.device_count()} CUDA devices that PyTorch "
             f"sees here, got {device!r}"
         )
     return target

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from prumerge_fast.harness.models import load
 from prumerge_fast.patching.patch import patched
 from prumerge_fast.reduction.config import PruMergeConfig
 
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed; CI has it in a step of its own", allow_module_level=True)
 # Before vLLM is imported: it reads some of them then.
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
@@ -27,7 +30,7 @@ os.environ |= {
     "VLLM_LOGGING_LEVEL": "INFO",
     "VLLM_NO_USAGE_STATS": "1",
 }
-vllm = pytest.importorskip("vllm", reason="vLLM is not installed; CI has it in a step of its own")
+import vllm
 
 Prompt = tuple[str, Sequence[Image.Image]]
 
@@ -48,8 +51,13 @@ def engine(model: Path, prumerge: dict[str, Any] | None = None, **options: Any) 
     try:
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
-        vllm.distributed.cleanup_dist_env_and_memory()
+        shut_down(llm)
+
+
+def shut_down(llm: Any) -> None:
+    """So that another engine can start in this process."""
+    llm.llm_engine.engine_core.shutdown()
+    vllm.distributed.cleanup_dist_env_and_memory()
 
 
 def requests(prompts: Sequence[Prompt]) -> list[Any]:
@@ -60,10 +68,10 @@ def requests(prompts: Sequence[Prompt]) -> list[Any]:
     ]
 
 
-def said(llm: Any, prompts: Sequence[Prompt], tokens: int = 8) -> list[tuple[str, int]]:
+def said(llm: Any, prompts: Sequence[Prompt], **options: Any) -> list[tuple[str, int]]:
     """Greedy answers, and the number of tokens of each prompt."""
-    parameters = vllm.SamplingParams(temperature=0, max_tokens=tokens)
-    outputs = llm.generate(requests(prompts), parameters, use_tqdm=False)
+    parameters = vllm.SamplingParams(temperature=0, max_tokens=8)
+    outputs = llm.generate(requests(prompts), parameters, use_tqdm=False, **options)
     return [(out.outputs[0].text.strip(), len(out.prompt_token_ids)) for out in outputs]
 
 
@@ -82,7 +90,6 @@ def expected(
     prompts: Sequence[Prompt],
     config: PruMergeConfig | None,
     dtype: str = "float32",
-    tokens: int = 8,
 ) -> list[str]:
     """What transformers answers, patched with `config`, one prompt after the other."""
     loaded = load(model, device="cpu", dtype=dtype)
@@ -93,7 +100,7 @@ def expected(
             inputs = loaded.processor(
                 text=text, images=list(images) or None, return_tensors="pt"
             ).to(loaded.model.dtype)
-            out = loaded.model.generate(**inputs, do_sample=False, max_new_tokens=tokens)
+            out = loaded.model.generate(**inputs, do_sample=False, max_new_tokens=8)
             answer = out[0, inputs["input_ids"].shape[1] :]
             answers.append(loaded.processor.decode(answer, skip_special_tokens=True).strip())
     return answers

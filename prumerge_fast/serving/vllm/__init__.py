@@ -13,9 +13,11 @@ def register() -> None:
     from vllm import ModelRegistry
 
     from prumerge_fast.serving.vllm.checks import PRUNED, add_checks
+    from prumerge_fast.serving.vllm.embeddings import refuse_unreadable
 
     # By name: vLLM imports the models where it runs them.
     models = f"{__name__}.llava:PruMergeLlava", f"{__name__}.llava_next:PruMergeLlavaNext"
     for architecture, model in zip(PRUNED, models, strict=True):
         ModelRegistry.register_model(architecture, model)
     add_checks()
+    refuse_unreadable()

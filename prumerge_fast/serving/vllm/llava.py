@@ -10,11 +10,16 @@ from vllm.model_executor.models import llava as base
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from prumerge_fast.reduction.dispatch import prune_merge
+from prumerge_fast.serving.vllm.embeddings import CheckedEmbeddings, embeddings_of_any_length
 from prumerge_fast.serving.vllm.settings import PrunedInfo, settings
-from prumerge_fast.serving.vllm.tower import SHORT_NAMES, PrunedModel, embeddings_of_any_length
+from prumerge_fast.serving.vllm.tower import SHORT_NAMES, PrunedModel
 
 
-class PruMergeLlavaInfo(PrunedInfo, base.LlavaProcessingInfo):
+class LlavaInfo(CheckedEmbeddings, base.LlavaProcessingInfo):
+    """What vLLM says of LLaVA, and embeddings are checked."""
+
+
+class PruMergeLlavaInfo(PrunedInfo, LlavaInfo):
     """Counts what PruMerge leaves of an image; placeholders and memory follow from that."""
 
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
@@ -23,9 +28,10 @@ class PruMergeLlavaInfo(PrunedInfo, base.LlavaProcessingInfo):
 
 
 def _info(ctx: Any) -> Any:
-    if settings(ctx.get_hf_config()) is None:
-        return base._build_llava_or_pixtral_hf_info(ctx)
-    return PruMergeLlavaInfo(ctx)
+    if settings(ctx.get_hf_config()) is not None:
+        return PruMergeLlavaInfo(ctx)
+    plain = base._build_llava_or_pixtral_hf_info(ctx)
+    return LlavaInfo(ctx) if isinstance(plain, base.LlavaProcessingInfo) else plain
 
 
 @MULTIMODAL_REGISTRY.register_processor(

@@ -15,11 +15,16 @@ from prumerge_fast.reduction.config import PruMergeConfig
 from prumerge_fast.reduction.dispatch import prune_merge
 from prumerge_fast.reduction.padding import within_budget
 from prumerge_fast.serving.vllm.checks import num_patches
+from prumerge_fast.serving.vllm.embeddings import CheckedEmbeddings, embeddings_of_any_length
 from prumerge_fast.serving.vllm.settings import PrunedInfo, settings
-from prumerge_fast.serving.vllm.tower import SHORT_NAMES, PrunedModel, embeddings_of_any_length
+from prumerge_fast.serving.vllm.tower import SHORT_NAMES, PrunedModel
 
 
-class PruMergeLlavaNextInfo(PrunedInfo, base.LlavaNextProcessingInfo):
+class LlavaNextInfo(CheckedEmbeddings, base.LlavaNextProcessingInfo):
+    """What vLLM says of LLaVA-NeXT, and embeddings are checked."""
+
+
+class PruMergeLlavaNextInfo(PrunedInfo, LlavaNextInfo):
     """Counts what PruMerge leaves of an image; placeholders and memory follow from that."""
 
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
@@ -37,7 +42,7 @@ class PruMergeLlavaNextInfo(PrunedInfo, base.LlavaNextProcessingInfo):
 
 def _info(ctx: Any) -> Any:
     pruned = settings(ctx.get_hf_config()) is not None
-    return (PruMergeLlavaNextInfo if pruned else base.LlavaNextProcessingInfo)(ctx)
+    return (PruMergeLlavaNextInfo if pruned else LlavaNextInfo)(ctx)
 
 
 @MULTIMODAL_REGISTRY.register_processor(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import ReplicatedLinear
@@ -59,7 +58,8 @@ class Reader(nn.Module):
 class PrunedModel:
     """What a model of vLLM has besides with PruMerge; without the setting, nothing.
 
-    `prumerge` is the setting, or `None`.
+    `prumerge` is the setting, or `None`; `tower_batch` how many images or crops the tower sees at
+    once.
     """
 
     config: Any
@@ -85,7 +85,7 @@ class PrunedModel:
         patches = num_patches(self.config)
         # vLLM's budget counts the rows that come out of the encoder; these are what goes in.
         budget = vllm_config.scheduler_config.max_num_encoder_input_tokens
-        self._towers_batch = max(1, budget // (1 + patches))
+        self.tower_batch = max(1, budget // (1 + patches))
         unit = "a crop" if self.config.model_type == "llava_next" else "an image"
         logger.info_once(
             "prumerge: %d -> %d tokens %s, %s",
@@ -105,7 +105,7 @@ class PrunedModel:
         """Images that the tower sees at once, of which each has so many crops."""
         start = total = 0
         for image, count in enumerate(crops):
-            if image > start and total + count > self._towers_batch:
+            if image > start and total + count > self.tower_batch:
                 yield slice(start, image)
                 start, total = image, 0
             total += count
@@ -122,15 +122,3 @@ class PrunedModel:
                 f"the layer that reads the features ({', '.join(sorted(missing))})"
             )
         return loaded
-
-
-def embeddings_of_any_length(image_embeds: Any) -> list[Tensor] | None:
-    """Embeddings [n, D] of images whose n differ, as vLLM batches them; else `None`.
-
-    vLLM's schema wants one n for all images of a batch and fails the engine otherwise.
-    """
-    if isinstance(image_embeds, (list, tuple)) and all(
-        isinstance(one, torch.Tensor) for one in image_embeds
-    ):
-        return list(image_embeds)
-    return None
