@@ -494,7 +494,8 @@ def _batch(
     engine: Annotated[
         Engine,
         typer.Option(
-            help="transformers: patched models; vllm: `ray.data.llm` (extra: vllm), with --keep."
+            help="transformers: patched models; vllm: `ray.data.llm` (extra: vllm), to which, "
+            "without --keep, more actors hand encoded images."
         ),
     ] = Engine.transformers,
     engine_kwargs: Annotated[

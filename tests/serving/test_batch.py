@@ -230,7 +230,7 @@ def test_an_output_that_is_none(address, folder, pictures, capfd, tmp_path, what
         (["--num-gpus", "1"], "--actors: expected at most 0 of 1 CPUs and 1 GPUs each"),
         (["--num-cpus", "0"], "--num-cpus: expected more than 0, got 0"),
         (["--keep", "26"], "--keep: "),
-        (["--engine", "vllm"], "--keep: expected a number or a share with --engine vllm"),
+        (["--engine", "vllm", "--actors", "2"], "expected a cluster with 4 CPUs beside those of"),
         (["--address", "127.0.0.1:1"], "--address: expected a Ray cluster that runs, got 127.0.0"),
     ],
 )
@@ -451,8 +451,9 @@ def test_a_killed_actor(folder, pictures, tmp_path):
 
 
 @pytest.mark.slow
-def test_vllm(tmp_path, monkeypatch):
-    """20 pictures, one of them broken, through an engine of vLLM with a fixed number of tokens."""
+@pytest.mark.parametrize("keep", [32, None])
+def test_vllm(tmp_path, keep):
+    """20 pictures, one of them broken, through an engine of vLLM: fixed counts, and their own."""
     pytest.importorskip("vllm")
     from prumerge_fast.harness.models import load
     from prumerge_fast.harness.prompts import prepare
@@ -469,10 +470,11 @@ def test_vllm(tmp_path, monkeypatch):
     rows = [{"image": f"{n:02}.png", "prompt": item.text} for n, item in enumerate(items)]
     rows.append({"image": "00.png", "prompt": "a " * 600})  # the engine refuses it
     manifest.write_text("\n".join(map(json.dumps, rows)))
-    given = ("batch", manifest, "--output", tmp_path / "out", "--engine", "vllm", "--keep", 32)
+    given = ("batch", manifest, "--output", tmp_path / "out", "--engine", "vllm")
     done = subprocess.run(
         [
             *(sys.executable, "-m", "prumerge_fast", *map(str, given), "--max-new-tokens", "4"),
+            *(() if keep is None else ("--keep", str(keep))),
             *("--engine-kwargs", json.dumps(kwargs), "--json"),
         ],
         capture_output=True,
@@ -494,26 +496,23 @@ def test_vllm(tmp_path, monkeypatch):
     assert "which is empty" in said["07.png", items[7].text]["error"]
     assert "512" in said["00.png", "a " * 600]["error"]
     loaded = load(MODEL_DIR, dtype="auto", device="cpu")
+    counts = set()
     for number, item in enumerate(items):
         if number == 7:
             continue
+        inputs = prepare(loaded, [item])
         measured = measure(
             loaded.model,
-            prepare(loaded, [item]),
-            PruMergeConfig(keep=32),
+            inputs,
+            PruMergeConfig(keep=keep),
             backend="torch",
             max_new_tokens=4,
         )
         (answer,) = decoded(loaded, [item], measured)
         row = said[f"{number:02}.png", item.text]
         assert row["answer"] == answer.text
-        assert row["visual_tokens"] == answer.visual_tokens == 33
-        assert row["prompt_tokens"] == measured_prompt(loaded, item)
-
-
-def measured_prompt(loaded, item):
-    """Tokens of a prompt of which 33 are the image's."""
-    from prumerge_fast.harness.prompts import prepare
-
-    ids = prepare(loaded, [item])["input_ids"]
-    return int((ids != loaded.model.config.image_token_id).sum()) + 33
+        assert row["visual_tokens"] == answer.visual_tokens
+        text = int((inputs["input_ids"] != loaded.processor.image_token_id).sum())
+        assert row["prompt_tokens"] == answer.visual_tokens + text
+        counts.add(answer.visual_tokens)
+    assert (counts == {33}) == (keep == 32)

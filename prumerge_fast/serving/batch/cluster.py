@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ import ray
 import torch
 
 from prumerge_fast.errors import InputError
+from prumerge_fast.serving.batch.options import BatchOptions, engine_workers
 
 # Beside the actors, Ray Data runs one that leaves out what is done, and tasks that read and write.
 # Without a CPU for them, everything waits for ever.
@@ -37,22 +39,23 @@ class Actors:
     num_gpus: float
 
 
+def encoding(engines: Actors) -> Actors:
+    """What encodes pictures for engines of vLLM: as many, on a tenth of their GPUs.
+
+    Of a GPU's memory vLLM takes 92 % unless told otherwise, which leaves the tower room.
+    """
+    return Actors(engines.count, 1.0, engines.num_gpus / 10)
+
+
 @contextmanager
 def running(
-    address: str | None,
-    actors: int | None,
-    num_cpus: float,
-    num_gpus: float | None,
+    options: BatchOptions,
     folder: Path,
 ) -> Iterator[Actors]:
     """Has Ray run, and this process with it, until the block ends.
 
     Args:
-        address: Of a cluster that runs, as `ray.init` takes it; `None`: one is started, on this
-            machine, and ended.
-        actors: How many; `None`: as many as there are GPUs for, without GPUs one.
-        num_cpus: Of each actor.
-        num_gpus: Of each actor; `None`: 1 where there are GPUs, else 0.
+        options: Where Ray is or is to be, and what runs on it.
         folder: Where workers look for modules instead of in this process' folder, in which any
             folder may have the name of a package.
 
@@ -64,12 +67,13 @@ def running(
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    address = options.address
     if address is None:
         cpus, gpus = os.cpu_count() or 1, torch.cuda.device_count()
-        found = _actors([{"CPU": cpus, "GPU": gpus}], actors, num_cpus, num_gpus)
+        found = _actors([{"CPU": cpus, "GPU": gpus}], options)
         # Cores are shared, so the spare ones need not be there.
-        room = max(cpus, -(-found.count * found.num_cpus // 1) + SPARE_CPUS)
-        _init(folder, address="local", num_cpus=int(room), num_gpus=gpus, include_dashboard=False)
+        room = max(cpus, math.ceil(_cpus(found, options)))
+        _init(folder, address="local", num_cpus=room, num_gpus=gpus, include_dashboard=False)
     else:
         try:
             _check_answers(address)
@@ -81,13 +85,13 @@ def running(
     try:
         if address is not None:
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            found = _actors(nodes, actors, num_cpus, num_gpus)
-            total = sum(node.get("CPU", 0) for node in nodes)
-            if total < found.count * found.num_cpus + SPARE_CPUS:
+            found = _actors(nodes, options)
+            total, needed = sum(node.get("CPU", 0) for node in nodes), _cpus(found, options)
+            if total < needed:
                 raise InputError(
-                    f"--actors: expected a cluster with {SPARE_CPUS} CPUs beside those of the "
-                    f"actors, for reading and writing, got {total:g} CPUs in all for "
-                    f"{found.count} actors of {found.num_cpus:g}"
+                    f"--actors: expected a cluster with {needed - found.count * found.num_cpus:g} "
+                    f"CPUs beside those of the actors, for reading and writing, got {total:g} CPUs "
+                    f"in all for {found.count} actors of {found.num_cpus:g}"
                 )
         yield found
     finally:
@@ -110,21 +114,27 @@ def _init(folder: Path, **arguments: object) -> None:
         os.chdir(before)
 
 
-def _actors(
-    nodes: Sequence[Mapping[str, float]],
-    count: int | None,
-    num_cpus: float,
-    num_gpus: float | None,
-) -> Actors:
+def _cpus(actors: Actors, options: BatchOptions) -> float:
+    """What must be there so that nothing waits for ever."""
+    needed = actors.count * actors.num_cpus + SPARE_CPUS
+    if options.encodes:
+        encoders = encoding(actors)
+        needed += encoders.count * encoders.num_cpus
+    return needed
+
+
+def _actors(nodes: Sequence[Mapping[str, float]], options: BatchOptions) -> Actors:
     """What is asked for, or follows from the nodes' resources.
 
     Raises:
         InputError: They cannot all run at once.
     """
+    count, num_cpus, num_gpus = options.actors, options.num_cpus, options.num_gpus
     if num_cpus <= 0:
         raise InputError(f"--num-cpus: expected more than 0, got {num_cpus:g}")
     if num_gpus is None:
-        num_gpus = 1 if any(node.get("GPU", 0) for node in nodes) else 0
+        has = any(node.get("GPU", 0) for node in nodes)
+        num_gpus = engine_workers(options.engine_kwargs) if has else 0
     places = sum(
         min(
             int(node.get("CPU", 0) / num_cpus + 1e-6),

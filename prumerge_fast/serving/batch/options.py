@@ -13,8 +13,6 @@ from prumerge_fast.errors import InputError
 if TYPE_CHECKING:
     from prumerge_fast.reduction.config import PruMergeConfig
 
-ENGINES = ("transformers", "vllm")
-
 
 @dataclass(frozen=True)
 class BatchOptions:
@@ -23,7 +21,8 @@ class BatchOptions:
     Args:
         actors: How many models run at once; `None`: one a GPU, without GPUs one.
         num_cpus: Of each actor, as Ray counts them.
-        num_gpus: Of each actor; `None`: 1 where the cluster has GPUs, else 0.
+        num_gpus: Of each actor; `None`: 1 (of each process of an engine) where the cluster has
+            GPUs, else 0.
         engine_kwargs: Further arguments of vLLM's engine.
     """
 
@@ -49,6 +48,11 @@ class BatchOptions:
     retry_errors: bool
     shows_progress: bool
 
+    @property
+    def encodes(self) -> bool:
+        """Whether pictures are encoded in front of the engines, which each decides for itself."""
+        return self.engine == "vllm" and self.config.keep is None
+
 
 def check_installed(engine: str) -> None:
     """Raises InputError where Ray is not installed, or what the engine needs."""
@@ -60,3 +64,14 @@ def check_installed(engine: str) -> None:
                 f"{asked}: expected {package} to be installed, got none; "
                 f'run: pip install "prumerge_fast[{extra}]"'
             )
+
+
+def engine_workers(engine_kwargs: Mapping[str, Any]) -> int:
+    """How many processes of vLLM, each of which takes a GPU, are one engine."""
+    sizes = [engine_kwargs.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline")]
+    if any(type(size) is not int or size < 1 for size in sizes):
+        raise InputError(
+            "--engine-kwargs: expected tensor_parallel_size and pipeline_parallel_size to be whole "
+            f"numbers >= 1, got {sizes[0]!r} and {sizes[1]!r}"
+        )
+    return sizes[0] * sizes[1]

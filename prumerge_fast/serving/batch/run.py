@@ -50,17 +50,10 @@ def run(options: BatchOptions, remark: Callable[[str], None]) -> dict[str, Any]:
         remark(line)
     described = describe(options.model or MODEL_DIR)
     check_keep(options.config, patches_of(described))
-    if options.engine == "vllm" and options.config.keep is None:
-        raise InputError(
-            "--keep: expected a number or a share with --engine vllm, which counts an image's "
-            "tokens before it sees the image, got none"
-        )
     folder = BatchFolder(options.output)
     with (
         folder.taken(),
-        running(
-            options.address, options.actors, options.num_cpus, options.num_gpus, folder.path
-        ) as actors,
+        running(options, folder.path) as actors,
     ):
         folder.check_settings(_settings(options, described, actors))
         retried = folder.forget_errors() if options.retry_errors else 0
@@ -152,7 +145,7 @@ def _ask(
     batches = math.ceil(missing / (options.batch_size * actors.count * _BLOCKS))
     most = max(_MOST_ROWS // options.batch_size, 1)
     # One file is one block, which one actor would get.
-    dataset = ray.data.read_parquet(str(folder.questions)).repartition(
+    dataset = ray.data.read_parquet(str(folder.questions), override_num_blocks=1).repartition(
         target_num_rows_per_block=options.batch_size * min(batches, most)
     )
     try:
@@ -199,6 +192,7 @@ def _answered(
             questions,
             model=model,
             config=options.config,
+            backend=options.backend,
             dtype=dtype,
             actors=actors,
             batch_size=options.batch_size,
