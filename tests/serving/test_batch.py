@@ -263,8 +263,13 @@ def test_a_manifest_and_its_mended_pictures(address, folder, pictures, capfd, tm
     assert sorted(asked) == [(row["image"], row["prompt"]) for row in first.values()]
     for number in (3, 4):
         shutil.copy(pictures / "part0" / "000.png", tmp_path / f"{number}.png")
+    checkpoint = next((output / "checkpoint").iterdir())  # as a run leaves it that is stopped
+    (rows,) = (output / "answers").glob(f"{checkpoint.stem}*")
+    shutil.copy(rows, rows.with_name("half-0.parquet"))
+    shutil.copy(checkpoint, checkpoint.with_name("half.pending.parquet"))
     code, out, _ = ask(capfd, *given, "--json")  # what failed counts as done
     assert (code, json.loads(out)["answered_by_earlier_runs"]) == (2, 7)
+    every_row_once(output, 7)
     code, out, _ = ask(capfd, *given, "--retry-errors", "--json")
     result = json.loads(out)
     assert (code, result["asked_again"], result["failed"]) == (0, 2, [])
@@ -407,6 +412,7 @@ def start(folder, pictures, output):
         stderr=subprocess.PIPE,
         text=True,
         cwd=output.parent,
+        start_new_session=True,
     )
 
 
@@ -418,12 +424,17 @@ def wait_for_files(process, output, count):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    "kind", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_job_stopped_half_way_goes_on(address, folder, pictures, capfd, tmp_path, kind):
     output = tmp_path / "out"
     process = start(folder, pictures, output)
     wait_for_files(process, output, 2)
-    process.send_signal(kind)
+    if kind == signal.SIGINT:
+        os.killpg(process.pid, kind)  # as a terminal does
+    else:
+        process.send_signal(kind)
     assert process.wait(60) == (130 if kind == signal.SIGINT else -kind), process.stderr.read()
     given = command(folder, pictures, output, "--prompt", PROMPT, "--address", address)
     code, out, _ = ask(capfd, *given, "--json")

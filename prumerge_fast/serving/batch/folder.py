@@ -15,6 +15,7 @@ pending when it starts it takes back. So rows count from when their checkpoint h
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +36,6 @@ from prumerge_fast.serving.batch.rows import ANSWERS, ID
 _FORMAT = {"format": "prumerge-fast batch 1"}
 _PENDING = f"{PENDING_CHECKPOINT_SUFFIX}.parquet"
 _LOCK = "lock"
-_RETRIED = "retried_"  # in front of the names of files without the rows that are asked again
 
 
 class BatchFolder:
@@ -115,6 +115,10 @@ class BatchFolder:
         tables = [pq.read_table(path, columns=[ID]) for path in self._committed()]
         return (pa.concat_tables(tables) if tables else ANSWERS.empty_table())[ID]
 
+    def has_pending(self) -> bool:
+        """Whether there are rows that Ray is to take back before anyone reads `answers`."""
+        return any(self._checkpoint.glob(f"*{_PENDING}"))
+
     def rows(self) -> pa.Table:
         """All rows as `rows.ANSWERS`, by image and prompt."""
         tables = [
@@ -150,7 +154,7 @@ class BatchFolder:
             if len(good) == len(table):
                 continue
             count += len(table) - len(good)
-            name = f"{_RETRIED}{checkpoint.stem}"
+            name = f"retried_{uuid.uuid4().hex}"
             pending = writer.write_pending_checkpoint(good[ID], name)  # None for no ids
             if pending is not None:
                 pq.write_table(good, self.answers / f"{name}.parquet")

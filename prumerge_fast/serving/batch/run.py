@@ -60,7 +60,7 @@ def run(options: BatchOptions, remark: Callable[[str], None]) -> dict[str, Any]:
         done = folder.done()
         missing = questions.filter(pc.invert(pc.is_in(questions[ID], done)))
         start = time.perf_counter()
-        if len(missing):
+        if len(missing) or folder.has_pending():
             _ask(options, described, folder, actors, questions, len(missing))
         seconds = time.perf_counter() - start
         rows = folder.rows()
@@ -142,7 +142,7 @@ def _ask(
     # The second starts 32 processes to read the footer of one file.
     context.use_datasource_v2 = False
     _quiet()
-    batches = math.ceil(missing / (options.batch_size * actors.count * _BLOCKS))
+    batches = math.ceil(max(missing, 1) / (options.batch_size * actors.count * _BLOCKS))
     most = max(_MOST_ROWS // options.batch_size, 1)
     # One file is one block, which one actor would get.
     dataset = ray.data.read_parquet(str(folder.questions), override_num_blocks=1).repartition(
