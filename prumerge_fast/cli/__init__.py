@@ -570,7 +570,7 @@ def _batch(
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             retry_errors=retry_errors,
-            shows_progress=sys.stderr.isatty(),
+            shows_progress=sys.stdout.isatty() and not as_json,  # Ray writes its bars there
         ),
         as_json=as_json,
     )

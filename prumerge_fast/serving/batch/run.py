@@ -138,6 +138,8 @@ def _ask(
     context = DataContext.get_current()
     context.checkpoint_config = folder.checkpoint_config()
     context.enable_progress_bars = options.shows_progress
+    context.enable_rich_progress_bars = True  # the others say nothing while workers are silenced
+    context.use_ray_tqdm = False
     context.print_on_execution_start = False
     # The second starts 32 processes to read the footer of one file.
     context.use_datasource_v2 = False
