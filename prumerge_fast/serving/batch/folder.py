@@ -136,7 +136,7 @@ class BatchFolder:
             for batch in table.to_batches(max_chunksize=1024)
             for row in batch.to_pylist()
         )
-        write_whole(self.lines, lines, errors="strict")
+        write_whole(self.lines, "".join(lines), errors="strict")
 
     def forget_errors(self) -> int:
         """Has Ray ask again what has an error, and says how many questions that are.

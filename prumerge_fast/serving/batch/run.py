@@ -57,12 +57,17 @@ def run(options: BatchOptions, remark: Callable[[str], None]) -> dict[str, Any]:
     ):
         folder.check_settings(_settings(options, described, actors))
         retried = folder.forget_errors() if options.retry_errors else 0
-        done = folder.done()
-        missing = questions.filter(pc.invert(pc.is_in(questions[ID], done)))
+        missing = _missing(questions, folder)
         start = time.perf_counter()
         if len(missing) or folder.has_pending():
             _ask(options, described, folder, actors, questions, len(missing))
         seconds = time.perf_counter() - start
+        lacking = len(_missing(questions, folder))
+        if lacking:  # Ray may only warn, where it keeps no account of what is done
+            raise InputError(
+                f"batch: expected a row of each of {len(questions)} questions in {folder.answers}, "
+                f"got none of {lacking}"
+            )
         rows = folder.rows()
         folder.write_lines(rows)
         cluster = {
@@ -95,6 +100,11 @@ def run(options: BatchOptions, remark: Callable[[str], None]) -> dict[str, Any]:
         "cluster": cluster,
         **provenance(options.command, _device(actors, here=True)),
     }
+
+
+def _missing(questions: pa.Table, folder: BatchFolder) -> pa.Table:
+    """The questions that have no row."""
+    return questions.filter(pc.invert(pc.is_in(questions[ID], folder.done())))
 
 
 def _settings(options: BatchOptions, described: Described, actors: Actors) -> dict[str, Any]:
