@@ -131,10 +131,16 @@ def test_contributing_names_files_and_tests_that_exist():
 
 
 def test_options_of_the_command_line_exist():
-    text = CliRunner().invoke(app, ["compare", "--help"], env={"COLUMNS": "200"}).output
+    text = "".join(
+        CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
+        for command in ("compare", "batch")
+    )
     # Without the tables, whose commands are those of the result files.
     written = re.sub(r"<!-- results:.*?<!-- /results", "", README, flags=re.DOTALL)
-    named = set(re.findall(r"--[a-z][a-z0-9-]+", written)) - {"--check", "--benchmark-json"}
+    named = set(re.findall(r"--[a-z][a-z0-9-]+", written)) - {
+        *("--check", "--benchmark-json"),
+        "--hf-overrides",  # of vLLM
+    }
     known = set(re.findall(r"--[a-z][a-z0-9-]+", text)) | {"--output", "--help"}
     assert named <= known, named - known
 
