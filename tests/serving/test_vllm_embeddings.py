@@ -43,8 +43,7 @@ def parse(request, folder):
 
 @pytest.mark.parametrize("inputs", [LlavaImageEmbeddingInputs, LlavaNextImageEmbeddingInputs])
 def test_vllm_alone_refuses_embeddings_of_mixed_lengths(inputs):
-    """Red: vLLM takes them by itself, and `_parse_and_validate_image_input` of the plugin's models
-    may go, with `embeddings_of_any_length`."""
+    """Red: vLLM takes them by itself, and `EmbeddingsOfAnyLength` may go."""
     inputs(type="image_embeds", data=[RAGGED[0], RAGGED[0]])
     with pytest.raises(ValueError, match="inconsistent shapes"):
         inputs(type="image_embeds", data=RAGGED)

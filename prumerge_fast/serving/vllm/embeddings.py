@@ -119,13 +119,16 @@ def refuse_unreadable() -> None:
     ImageEmbeddingMediaIO.load_bytes = load_bytes
 
 
-def embeddings_of_any_length(image_embeds: Any) -> list[Tensor] | None:
-    """Embeddings [n, D] of images whose n differ, as vLLM batches them; else `None`.
+class EmbeddingsOfAnyLength:
+    """For a model: embeddings [n, D] of images whose n differ may share a batch.
 
-    vLLM's schema wants one n for all images of a batch and fails the engine otherwise.
+    vLLM's schema, `embedding_inputs`, wants one n for all and fails the engine otherwise.
     """
-    if isinstance(image_embeds, (list, tuple)) and all(
-        isinstance(one, torch.Tensor) for one in image_embeds
-    ):
-        return list(image_embeds)
-    return None
+
+    embedding_inputs: Any
+
+    def _parse_and_validate_image_input(self, **kwargs: object) -> Any:
+        embeddings = kwargs.get("image_embeds")
+        if kwargs.get("pixel_values") is None and isinstance(embeddings, (list, tuple)):
+            return self.embedding_inputs(type="image_embeds", data=list(embeddings), validate=False)
+        return super()._parse_and_validate_image_input(**kwargs)  # type: ignore[misc]
