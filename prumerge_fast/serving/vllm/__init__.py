@@ -23,8 +23,8 @@ def register() -> None:
         low, high = (".".join(map(str, one)) for one in TESTED)
         raise ImportError(
             f"prumerge_fast: expected vLLM {low} to {high}, got {version_of_vllm()} "
-            f"({type(error).__name__}: {error}); to run vLLM without PruMerge, leave {NAME!r} out "
-            "of the environment variable VLLM_PLUGINS"
+            f"({type(error).__name__}: {error}); to run vLLM without PruMerge, set the environment "
+            f"variable VLLM_PLUGINS to the names of other plugins, without {NAME!r}, or to nothing"
         ) from error
 
 
