@@ -8,7 +8,6 @@ and NaN stays in memory that later requests compute with, whoever sent them.
 from __future__ import annotations
 
 import functools
-import pickle
 from typing import Any
 
 import torch
@@ -18,9 +17,6 @@ from vllm.multimodal.media.image import ImageEmbeddingMediaIO
 from vllm.multimodal.parse import ImageEmbeddingItems, MultiModalDataParser
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# What `numpy.load` and `torch.load` raise for bytes that they did not write, beside ValueError,
-# which vLLM already answers as the caller's fault.
-_UNREADABLE = (pickle.UnpicklingError, EOFError, LookupError, MemoryError, RuntimeError)
 
 
 class CheckedParser(MultiModalDataParser):
@@ -101,7 +97,9 @@ def refuse_unreadable() -> None:
     def load_bytes(self: Any, data: bytes) -> Tensor:
         try:
             tensor = load(self, data)
-        except _UNREADABLE as error:
+        except (ValueError, VLLMValidationError):
+            raise  # which vLLM answers as the caller's fault
+        except Exception as error:  # readers raise any for bytes that they did not write
             # Without the reason: torch's is advice to unpickle all the same.
             raise VLLMValidationError(
                 "image_embeds: expected base64 of a .npy file, or of a tensor that torch.save "
