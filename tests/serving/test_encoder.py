@@ -231,6 +231,15 @@ def test_rows_of_one_image_hold_no_others(saved):
         assert not rows.requires_grad
 
 
+def test_an_image_without_an_outlier(saved):
+    flat = [Image.new("RGB", (30, 30))]
+    for supplement in (True, False):
+        (rows,) = PruMergeEncoder(saved("LLaVA"), PruMergeConfig(supplement=supplement)).encode(
+            flat
+        )
+        assert rows.shape == (int(supplement), 64)
+
+
 def test_images_are_checked(saved):
     encoder = PruMergeEncoder(saved("LLaVA"))
     for images, says in [

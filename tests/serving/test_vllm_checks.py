@@ -18,6 +18,7 @@ from prumerge_fast.reduction.dispatch import prune_merge
 from prumerge_fast.serving.vllm import register
 from prumerge_fast.serving.vllm.checks import PRUNED, PruMergeCheck
 from prumerge_fast.serving.vllm.llava_next import PruMergeLlavaNextInfo
+from prumerge_fast.serving.vllm.tower import PrunedModel
 
 
 def asked(architecture: str, hf_config: Any, **options: Any) -> Any:
@@ -66,6 +67,21 @@ def test_what_is_refused_before_anything_is_loaded() -> None:
 
 
 SIDE, PATCHES = 30, 25  # of crops, and their patches
+
+
+@pytest.mark.parametrize(
+    ("crops", "batches"),
+    [
+        ([], []),
+        ([1] * 5, [[1] * 5]),
+        ([1] * 6, [[1] * 5, [1]]),
+        ([3, 2, 1, 7, 1, 4, 5], [[3, 2], [1], [7], [1, 4], [5]]),  # an image is never cut
+    ],
+)
+def test_batches_of_the_tower(crops: list[int], batches: list[list[int]]) -> None:
+    model = SimpleNamespace(tower_batch=5)
+    found = PrunedModel.batches(model, crops)  # type: ignore[arg-type]
+    assert [crops[images] for images in found] == batches
 
 
 ODD = [(1, 100_000), (100_000, 1), (1, 1), (1, 1000), (47, 60), (60, 60), (90, 31)]
