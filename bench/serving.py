@@ -96,6 +96,7 @@ def save(folder: Path, decoder: str, layers: int) -> None:
 def measured(folder: Path, options: Any) -> dict[str, Any]:
     """One row of the result file."""
     from prumerge_fast.harness.provenance import provenance
+    from prumerge_fast.serving.installed import version_of_vllm
 
     spawn = multiprocessing.get_context("spawn")
     engines = {}
@@ -136,7 +137,7 @@ def measured(folder: Path, options: Any) -> dict[str, Any]:
             if process.is_alive():
                 process.terminate()
     origin = provenance([], torch.device("cpu"))
-    origin["versions"]["vllm"] = _vllm_version()
+    origin["versions"]["vllm"] = version_of_vllm()
     origin["command"] = ["python", "bench/serving.py", *sys.argv[1:]]
     return {
         "decoder": options.decoder,
@@ -246,12 +247,6 @@ def memory(llm: Any, pruned: bool) -> dict[str, Any]:
         model.tower_batch = images
         result["encoder_peak_bytes_unsplit"] = peak()
     return result
-
-
-def _vllm_version() -> str:
-    from importlib.metadata import version
-
-    return version("vllm")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def _files(source: str, names: Collection[str], revision: str | None) -> list[Pa
     """The checkpoint's files that hold any of these tensors."""
     index = _find(source, _INDEX, revision)
     if index is None:
-        single = _find(source, _SINGLE, revision)
+        single = _find(source, _SINGLE, revision, needed=True)
         if single is None:
             raise InputError(
                 f"model_id: expected {_SINGLE} or {_INDEX}, from which tensors can be read one by "
@@ -68,7 +68,7 @@ def _files(source: str, names: Collection[str], revision: str | None) -> list[Pa
         return [single]
     shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     needed = {file for name, file in shards.items() if plain_name(name) in names}
-    found = {file: _find(source, file, revision) for file in sorted(needed)}
+    found = {file: _find(source, file, revision, needed=True) for file in sorted(needed)}
     absent = [file for file, path in found.items() if path is None]
     if absent:
         raise InputError(
@@ -78,15 +78,20 @@ def _files(source: str, names: Collection[str], revision: str | None) -> list[Pa
     return [path for path in found.values() if path is not None]
 
 
-def _find(source: str, name: str, revision: str | None) -> Path | None:
-    """A file of the checkpoint, downloaded if need be; `None` if it has none of that name."""
+def _find(source: str, name: str, revision: str | None, needed: bool = False) -> Path | None:
+    """A file of the checkpoint, downloaded if need be; `None` if it has none of that name.
+
+    Where that cannot be told, because the hub is out of reach, raises if the file is `needed`.
+    """
     folder = Path(source)
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(source, name, revision=revision))
-    except EntryNotFoundError:
+    except EntryNotFoundError as error:
+        if needed and isinstance(error, LocalEntryNotFoundError):
+            raise
         return None

@@ -102,7 +102,8 @@ class PruMergeEncoder:
 
         Returns:
             For each image [n, D] of the encoder's dtype, on its device; n is its own for each
-            image unless the config has `keep`.
+            image unless the config has `keep`. Without `supplement` and without an outlier n is
+            0, which vLLM refuses.
 
         Raises:
             TypeError: `images` is no sequence of Pillow's images.

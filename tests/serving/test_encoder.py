@@ -7,10 +7,12 @@ import shutil
 import subprocess
 import sys
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from saved_families import save
@@ -26,6 +28,7 @@ from prumerge_fast.errors import (
 )
 from prumerge_fast.harness.processors import load_processor
 from prumerge_fast.serving import PruMergeEncoder, to_base64
+from prumerge_fast.serving.checkpoint import read_weights
 
 FAMILIES = ["LLaVA", "ViP-LLaVA", "Video-LLaVA", "LLaVA-NeXT", "LLaVA-NeXT-Video"]
 CONFIGS = {
@@ -228,6 +231,15 @@ def test_rows_of_one_image_hold_no_others(saved):
         assert not rows.requires_grad
 
 
+def test_an_image_without_an_outlier(saved):
+    flat = [Image.new("RGB", (30, 30))]
+    for supplement in (True, False):
+        (rows,) = PruMergeEncoder(saved("LLaVA"), PruMergeConfig(supplement=supplement)).encode(
+            flat
+        )
+        assert rows.shape == (int(supplement), 64)
+
+
 def test_images_are_checked(saved):
     encoder = PruMergeEncoder(saved("LLaVA"))
     for images, says in [
@@ -341,3 +353,20 @@ def test_base64_of_something_else():
         to_base64(torch.zeros(2, 3, dtype=torch.int64))
     with pytest.raises(TypeError, match="embedding: expected a floating-point tensor, got list"):
         to_base64([[0.0]])
+
+
+@pytest.mark.parametrize(
+    "cached", [{}, {"model.safetensors.index.json": {"a": "1.safetensors"}}], ids=["none", "index"]
+)
+def test_hub_out_of_reach(tmp_path, monkeypatch, cached):
+    """No advice to save another checkpoint where the files only cannot be fetched."""
+
+    def download(source, name, revision):
+        if name not in cached:
+            raise LocalEntryNotFoundError("outgoing traffic has been disabled")
+        (tmp_path / name).write_text(json.dumps({"weight_map": cached[name]}))
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(InputError, match=r"got someone/tiny \(LocalEntryNotFoundError: outgoing"):
+        read_weights("someone/tiny", ["a"])

@@ -1,10 +1,13 @@
 """What `doctor` says of vLLM, whatever is installed."""
 
 import importlib.metadata
+import sys
+import types
 
 import pytest
 
 from prumerge_fast.serving.installed import plugin
+from prumerge_fast.serving.vllm import register
 
 
 @pytest.fixture
@@ -68,3 +71,14 @@ def test_without_the_entry_point(versions: dict[str, str], monkeypatch: pytest.M
     found = plugin()
     assert not found.in_charge
     assert "no entry point 'prumerge'" in found.reason
+
+
+def test_a_vllm_that_is_made_otherwise_ends(
+    versions: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a way out; vLLM lets through what `register` raises."""
+    versions["vllm"] = "0.34.0"
+    monkeypatch.setitem(sys.modules, "vllm", types.ModuleType("vllm"))
+    says = r"expected vLLM 0.32 to 0.33, got 0.34.0 \(ImportError: .*'ModelRegistry'.*VLLM_PLUGINS"
+    with pytest.raises(ImportError, match=says):
+        register()

@@ -1,5 +1,8 @@
 """Embeddings in place of images: how the plugin reads them, and answers from an encoder stage."""
 
+import io
+
+import numpy as np
 import pytest
 import torch
 from engines import engine, expected, said, saved_demo
@@ -43,8 +46,7 @@ def parse(request, folder):
 
 @pytest.mark.parametrize("inputs", [LlavaImageEmbeddingInputs, LlavaNextImageEmbeddingInputs])
 def test_vllm_alone_refuses_embeddings_of_mixed_lengths(inputs):
-    """Red: vLLM takes them by itself, and `_parse_and_validate_image_input` of the plugin's models
-    may go, with `embeddings_of_any_length`."""
+    """Red: vLLM takes them by itself, and `EmbeddingsOfAnyLength` may go."""
     inputs(type="image_embeds", data=[RAGGED[0], RAGGED[0]])
     with pytest.raises(ValueError, match="inconsistent shapes"):
         inputs(type="image_embeds", data=RAGGED)
@@ -96,6 +98,28 @@ def test_registered_twice_reads_as_once():
     assert ImageEmbeddingMediaIO.load_bytes is load
     with pytest.raises(VLLMValidationError, match=r"7 bytes that are none"):
         ImageEmbeddingMediaIO().load_bytes(b"garbage")
+
+
+def npy(header):
+    with io.BytesIO() as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        return file.getvalue() + b"0" * 64
+
+
+UNREADABLE = {
+    "text": npy({"descr": "<U4", "fortran_order": False, "shape": (1, 4)}),
+    "fields": npy({"descr": [("a", "<f4")], "fortran_order": False, "shape": (1, 4)}),
+    "open header": b"\x93NUMPY\x01\x00\x10\x00{'descr': ((((((",
+    "archive": b"PK\x03\x04garbage",
+}
+
+
+@pytest.mark.parametrize("data", UNREADABLE.values(), ids=UNREADABLE)
+def test_bytes_that_no_reader_expects(data):
+    """Whatever a reader raises for them: an error of another kind is the server's own, with 500."""
+    register()
+    with pytest.raises(VLLMValidationError, match=rf"{len(data)} bytes that are none"):
+        ImageEmbeddingMediaIO().load_bytes(data)
 
 
 SHAPES = [(168, 168), (500, 160), (160, 500), (700, 90), (333, 401)]

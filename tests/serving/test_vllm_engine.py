@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import safetensors.torch
+import torch
 from engines import Prompt, engine, expected, logprobs, model_of, said, saved_demo, vllm
 
 from prumerge_fast.demo import MODEL_DIR
@@ -272,3 +273,18 @@ def test_checkpoints_without_the_reading_layer_are_refused(tmp_path: Path) -> No
         engine(folder, {"keep": 32}),
     ):
         pass
+
+
+def test_weights_may_come_one_by_one() -> None:
+    """As trainers bring them to an engine that runs."""
+    with engine(MODEL_DIR, {"keep": 32}) as llm:
+        model = model_of(llm)
+        for name in ("model.norm", "model.layers.0.input_layernorm"):
+            weight = model.language_model.get_submodule(name).weight.detach().clone()
+            assert model.load_weights([(f"language_model.{name}.weight", weight)])
+        prefix = "vision_tower.vision_model.encoder.layers"
+        for name in (f"{prefix}.0.layer_norm1", f"{prefix}.4.layer_norm1"):
+            weight = torch.full_like(model.vision_tower.prumerge_reader.layer_norm1.weight, 2)
+            (loaded,) = model.load_weights([(f"{name}.weight", weight)])
+            assert model.get_parameter(loaded).eq(2).all()
+        assert "prumerge_reader" in loaded

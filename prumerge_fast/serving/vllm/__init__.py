@@ -7,9 +7,28 @@
 
 from __future__ import annotations
 
+from prumerge_fast.serving.installed import NAME, TESTED, version_of_vllm
+
 
 def register() -> None:
-    """Put this package's models in the place of vLLM's; without the setting they are the same."""
+    """Put this package's models in the place of vLLM's; without the setting they are the same.
+
+    Raises:
+        ImportError: This version of vLLM is made otherwise. vLLM then ends: it would ignore the
+            setting.
+    """
+    try:
+        _register()
+    except (ImportError, AttributeError) as error:
+        low, high = (".".join(map(str, one)) for one in TESTED)
+        raise ImportError(
+            f"prumerge_fast: expected vLLM {low} to {high}, got {version_of_vllm()} "
+            f"({type(error).__name__}: {error}); to run vLLM without PruMerge, set the environment "
+            f"variable VLLM_PLUGINS to the names of other plugins, without {NAME!r}, or to nothing"
+        ) from error
+
+
+def _register() -> None:
     from vllm import ModelRegistry
 
     from prumerge_fast.serving.vllm.checks import PRUNED, add_checks

@@ -103,7 +103,28 @@ PRUNED = ("LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration")
 
 
 def add_checks() -> None:
-    """Have vLLM call these, in whichever of its processes makes the configuration."""
-    for architecture in ModelRegistry.get_supported_archs():
+    """Have vLLM call these, in whichever of its processes makes the configuration.
+
+    Some models have checks of vLLM's own, which follow; plugins may be registered again.
+    """
+    for architecture in {*ModelRegistry.get_supported_archs(), *MODELS_CONFIG_MAP}:
         check = PruMergeCheck if architecture in PRUNED else NoPruMerge
-        MODELS_CONFIG_MAP.setdefault(architecture, check)
+        known = MODELS_CONFIG_MAP.get(architecture)
+        if known is None:
+            MODELS_CONFIG_MAP[architecture] = check
+        elif not issubclass(known, check):
+            MODELS_CONFIG_MAP[architecture] = _before(check, known)
+
+
+def _before(
+    check: type[VerifyAndUpdateConfig], known: type[VerifyAndUpdateConfig]
+) -> type[VerifyAndUpdateConfig]:
+    """`known`, with `check` in front."""
+
+    class Both(known, check):
+        @staticmethod
+        def verify_and_update_config(vllm_config: Any) -> None:
+            check.verify_and_update_config(vllm_config)
+            known.verify_and_update_config(vllm_config)
+
+    return Both

@@ -8,7 +8,6 @@ and NaN stays in memory that later requests compute with, whoever sent them.
 from __future__ import annotations
 
 import functools
-import pickle
 from typing import Any
 
 import torch
@@ -18,9 +17,6 @@ from vllm.multimodal.media.image import ImageEmbeddingMediaIO
 from vllm.multimodal.parse import ImageEmbeddingItems, MultiModalDataParser
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# What `numpy.load` and `torch.load` raise for bytes that they did not write, beside ValueError,
-# which vLLM already answers as the caller's fault.
-_UNREADABLE = (pickle.UnpicklingError, EOFError, LookupError, MemoryError, RuntimeError)
 
 
 class CheckedParser(MultiModalDataParser):
@@ -101,7 +97,9 @@ def refuse_unreadable() -> None:
     def load_bytes(self: Any, data: bytes) -> Tensor:
         try:
             tensor = load(self, data)
-        except _UNREADABLE as error:
+        except (ValueError, VLLMValidationError):
+            raise  # which vLLM answers as the caller's fault
+        except Exception as error:  # readers raise any for bytes that they did not write
             # Without the reason: torch's is advice to unpickle all the same.
             raise VLLMValidationError(
                 "image_embeds: expected base64 of a .npy file, or of a tensor that torch.save "
@@ -119,13 +117,16 @@ def refuse_unreadable() -> None:
     ImageEmbeddingMediaIO.load_bytes = load_bytes
 
 
-def embeddings_of_any_length(image_embeds: Any) -> list[Tensor] | None:
-    """Embeddings [n, D] of images whose n differ, as vLLM batches them; else `None`.
+class EmbeddingsOfAnyLength:
+    """For a model: embeddings [n, D] of images whose n differ may share a batch.
 
-    vLLM's schema wants one n for all images of a batch and fails the engine otherwise.
+    vLLM's schema, `embedding_inputs`, wants one n for all and fails the engine otherwise.
     """
-    if isinstance(image_embeds, (list, tuple)) and all(
-        isinstance(one, torch.Tensor) for one in image_embeds
-    ):
-        return list(image_embeds)
-    return None
+
+    embedding_inputs: Any
+
+    def _parse_and_validate_image_input(self, **kwargs: object) -> Any:
+        embeddings = kwargs.get("image_embeds")
+        if kwargs.get("pixel_values") is None and isinstance(embeddings, (list, tuple)):
+            return self.embedding_inputs(type="image_embeds", data=list(embeddings), validate=False)
+        return super()._parse_and_validate_image_input(**kwargs)  # type: ignore[misc]

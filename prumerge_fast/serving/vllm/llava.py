@@ -10,7 +10,7 @@ from vllm.model_executor.models import llava as base
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from prumerge_fast.reduction.dispatch import prune_merge
-from prumerge_fast.serving.vllm.embeddings import CheckedEmbeddings, embeddings_of_any_length
+from prumerge_fast.serving.vllm.embeddings import CheckedEmbeddings, EmbeddingsOfAnyLength
 from prumerge_fast.serving.vllm.settings import PrunedInfo, settings
 from prumerge_fast.serving.vllm.tower import SHORT_NAMES, PrunedModel
 
@@ -39,18 +39,11 @@ def _info(ctx: Any) -> Any:
     info=_info,
     dummy_inputs=base.LlavaDummyInputsBuilder,
 )
-class PruMergeLlava(PrunedModel, base.LlavaForConditionalGeneration):
+class PruMergeLlava(PrunedModel, EmbeddingsOfAnyLength, base.LlavaForConditionalGeneration):
     """`LlavaForConditionalGeneration`; with the setting, its images are pruned and merged."""
 
     hf_to_vllm_mapper = base.LlavaForConditionalGeneration.hf_to_vllm_mapper | SHORT_NAMES
-
-    def _parse_and_validate_image_input(self, **kwargs: object) -> Any:
-        embeddings = embeddings_of_any_length(kwargs.get("image_embeds"))
-        if kwargs.get("pixel_values") is None and embeddings is not None:
-            return base.LlavaImageEmbeddingInputs(
-                type="image_embeds", data=embeddings, validate=False
-            )
-        return super()._parse_and_validate_image_input(**kwargs)
+    embedding_inputs = base.LlavaImageEmbeddingInputs
 
     def _image_pixels_to_features(self, vision_tower: Any, pixel_values: Tensor) -> Tensor:
         if self.prumerge is None:

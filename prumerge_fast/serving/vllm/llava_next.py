@@ -15,7 +15,7 @@ from prumerge_fast.reduction.config import PruMergeConfig
 from prumerge_fast.reduction.dispatch import prune_merge
 from prumerge_fast.reduction.padding import within_budget
 from prumerge_fast.serving.vllm.checks import num_patches
-from prumerge_fast.serving.vllm.embeddings import CheckedEmbeddings, embeddings_of_any_length
+from prumerge_fast.serving.vllm.embeddings import CheckedEmbeddings, EmbeddingsOfAnyLength
 from prumerge_fast.serving.vllm.settings import PrunedInfo, settings
 from prumerge_fast.serving.vllm.tower import SHORT_NAMES, PrunedModel
 
@@ -48,18 +48,11 @@ def _info(ctx: Any) -> Any:
 @MULTIMODAL_REGISTRY.register_processor(
     base.LlavaNextMultiModalProcessor, info=_info, dummy_inputs=LlavaDummyInputsBuilder
 )
-class PruMergeLlavaNext(PrunedModel, base.LlavaNextForConditionalGeneration):
+class PruMergeLlavaNext(PrunedModel, EmbeddingsOfAnyLength, base.LlavaNextForConditionalGeneration):
     """`LlavaNextForConditionalGeneration`; with the setting, its crops are pruned and merged."""
 
     hf_to_vllm_mapper = base.LlavaNextForConditionalGeneration.hf_to_vllm_mapper | SHORT_NAMES
-
-    def _parse_and_validate_image_input(self, **kwargs: object) -> Any:
-        embeddings = embeddings_of_any_length(kwargs.get("image_embeds"))
-        if kwargs.get("pixel_values") is None and embeddings is not None:
-            return base.LlavaNextImageEmbeddingInputs(
-                type="image_embeds", data=embeddings, validate=False
-            )
-        return super()._parse_and_validate_image_input(**kwargs)
+    embedding_inputs = base.LlavaNextImageEmbeddingInputs
 
     def _process_image_input(self, image_input: Any) -> Any:
         config = self.prumerge
