@@ -183,7 +183,8 @@ def _centre_weights(
 ) -> Tensor:
     """Weight of each token in each centre's row: [B, M, N]."""
     own = centres[:, :, None]  # [B, M, 1]
-    weights = attention[:, None] * neighbours  # [B, M, N]
+    # Not a product: NaN stays with the rows that weigh it.
+    weights = torch.where(neighbours, attention[:, None], 0.0)  # [B, M, N]
     if config.merge == "sum":
         return weights.scatter(2, own, 1.0)
     weights = weights.scatter(2, own, attention.gather(1, centres)[:, :, None])
