@@ -6,7 +6,8 @@ prumerge_fast.patch(model)                  # in place; generate() and forward()
 prumerge_fast.patch(model, keep=64)         # a fixed number of tokens an image
 prumerge_fast.unpatch(model)                # exactly as it was
 
-`prune_merge` is the reduction itself, for other models; `reduce_tokens` the same by other scores.
+`prune_merge` is the reduction itself, for other models; `reduce_tokens` the same by other scores,
+such as `received_attention`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from prumerge_fast.reduction.config import PruMergeConfig
     from prumerge_fast.reduction.dispatch import prune_merge, reduce_tokens
     from prumerge_fast.reduction.output import MergedTokens
+    from prumerge_fast.reduction.received import received_attention
 
 __all__ = [
     "BackendUnavailableError",
@@ -31,6 +33,7 @@ __all__ = [
     "patch",
     "patched",
     "prune_merge",
+    "received_attention",
     "reduce_tokens",
     "unpatch",
 ]
@@ -48,6 +51,7 @@ _MODULES = {
     "patch": "patching.patch",
     "patched": "patching.patch",
     "prune_merge": "reduction.dispatch",
+    "received_attention": "reduction.received",
     "reduce_tokens": "reduction.dispatch",
     "unpatch": "patching.patch",
 }

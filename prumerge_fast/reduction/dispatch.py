@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from prumerge_fast.errors import BackendUnavailableError
+from prumerge_fast.reduction.arguments import check_alike, check_device, check_types
 from prumerge_fast.reduction.autocast import without_autocast
+from prumerge_fast.reduction.backends import resolve_backend
 from prumerge_fast.reduction.config import PruMergeConfig
 from prumerge_fast.reduction.output import MergedTokens
 from prumerge_fast.reduction.reference import prune_merge_reference, reduce_tokens_reference
 from prumerge_fast.reduction.torch_backend import prune_merge_torch, reduce_tokens_torch
-from prumerge_fast.reduction.triton_backend import (
-    prune_merge_triton,
-    reduce_tokens_triton,
-    triton_obstacle,
-)
+from prumerge_fast.reduction.triton_backend import prune_merge_triton, reduce_tokens_triton
 
-BACKENDS = ("auto", "triton", "torch", "reference")
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DEFAULT_CONFIG = PruMergeConfig()
 _Implementation = Callable[[Tensor, Tensor, Tensor, PruMergeConfig], MergedTokens]
 # By backend: with a query [B, C] and rows of the class token, and with scores [B, N] and none; the
@@ -32,51 +24,6 @@ _IMPLEMENTATIONS: dict[str, tuple[_Implementation, _Implementation]] = {
     "reference": (prune_merge_reference, reduce_tokens_reference),
     "triton": (prune_merge_triton, reduce_tokens_triton),
 }
-
-
-class ResolvedBackend(NamedTuple):
-    """The backend that will run, and why, in words for a person."""
-
-    name: str
-    reason: str
-
-
-def resolve_backend(
-    backend: str,
-    device: torch.device | str,
-    dtype: torch.dtype | None = None,
-    num_patches: int | None = None,
-) -> ResolvedBackend:
-    """Which backend runs for tensors on `device` when `backend` is asked for.
-
-    Args:
-        backend: One of `BACKENDS`.
-        device: Where the tensors are.
-        dtype: Their dtype; `None`: one that every backend takes.
-        num_patches: N; `None`: a number that every backend takes.
-
-    Raises:
-        TypeError: `backend` is no string.
-        ValueError: There is no backend of that name.
-        BackendUnavailableError: The backend was asked for by name and cannot run.
-    """
-    if not isinstance(backend, str):
-        raise TypeError(f"backend: expected a string, got {backend!r} ({type(backend).__name__})")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    device = torch.device(device)
-    if backend == "auto":
-        if device.type == "cpu":
-            return ResolvedBackend("torch", "vectorised PyTorch, because the tensors are on a CPU")
-        obstacle = triton_obstacle(device, dtype, num_patches)
-        if obstacle is None:
-            return ResolvedBackend("triton", "a Triton kernel supports this device")
-        return ResolvedBackend("torch", f"vectorised PyTorch, because {obstacle}")
-    if backend == "triton":
-        obstacle = triton_obstacle(device, dtype, num_patches)
-        if obstacle is not None:
-            raise BackendUnavailableError(f"backend='triton' cannot run: {obstacle}")
-    return ResolvedBackend(backend, "asked for by name")
 
 
 def prune_merge(
@@ -172,7 +119,7 @@ def reduce_tokens(
     """
     config = _checked(config)
     tensors = {"attention": attention, "keys": keys, "hidden": hidden}
-    _check_types(tensors)
+    check_types(tensors)
     if keys.ndim != 3 or 0 in keys.shape[1:]:
         raise ValueError(
             "keys: expected shape [B, N, C] with at least one token (N >= 1) and one channel, got "
@@ -189,8 +136,8 @@ def reduce_tokens(
             f"attention: expected shape {[batch, num_patches]} to go with keys, got "
             f"{list(attention.shape)}"
         )
-    _check_alike({"hidden": hidden}, keys)
-    _check_device({"attention": attention, "hidden": hidden}, keys)
+    check_alike({"hidden": hidden}, keys)
+    check_device({"attention": attention, "hidden": hidden}, keys)
     resolved = resolve_backend(backend, keys.device, keys.dtype, num_patches)
     _, implementation = _IMPLEMENTATIONS[resolved.name]
     with without_autocast(keys.device.type):
@@ -206,7 +153,7 @@ def _checked(config: PruMergeConfig | None) -> PruMergeConfig:
 
 
 def _check_tensors(query: Tensor, keys: Tensor, hidden: Tensor) -> None:
-    _check_types({"query": query, "keys": keys, "hidden": hidden})
+    check_types({"query": query, "keys": keys, "hidden": hidden})
     if keys.ndim != 3:
         raise ValueError(f"keys: expected shape [B, 1+N, C], got {list(keys.shape)}")
     batch, rows, channels = keys.shape
@@ -226,29 +173,5 @@ def _check_tensors(query: Tensor, keys: Tensor, hidden: Tensor) -> None:
             f"query: expected shape {[batch, channels]} or {[batch, rows, channels]} to go with "
             f"keys, got {list(query.shape)}"
         )
-    _check_alike({"query": query, "hidden": hidden}, keys)
-    _check_device({"query": query, "hidden": hidden}, keys)
-
-
-def _check_types(tensors: dict[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in _DTYPES:
-            raise TypeError(
-                f"{name}: expected dtype {', '.join(map(str, _DTYPES))}, got {tensor.dtype}"
-            )
-
-
-def _check_alike(tensors: dict[str, Tensor], keys: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if tensor.dtype != keys.dtype:
-            raise TypeError(f"{name}: expected the dtype of keys, {keys.dtype}, got {tensor.dtype}")
-
-
-def _check_device(tensors: dict[str, Tensor], keys: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if tensor.device != keys.device:
-            raise ValueError(
-                f"{name}: expected the device of keys, {keys.device}, got {tensor.device}"
-            )
+    check_alike({"query": query, "hidden": hidden}, keys)
+    check_device({"query": query, "hidden": hidden}, keys)

@@ -84,6 +84,32 @@ def class_attention(query: Tensor, keys: Tensor) -> Tensor:
     return scores.softmax(0)[1:]
 
 
+def received_attention_reference(
+    query: Tensor, keys: Tensor, num_heads: int, class_token: bool
+) -> Tensor:
+    """Attention that each patch receives, image by image and head by head.
+
+    Args:
+        query: [B, R, C].
+        keys: [B, R, C].
+        num_heads: H.
+        class_token: Whether row 0 is the class token's.
+
+    Returns:
+        [B, N], N = R - 1 with a class token, else R.
+    """
+    compute = torch.promote_types(keys.dtype, torch.float32)
+    first = int(class_token)
+    images = []
+    for q, k in zip(query.to(compute), keys.to(compute), strict=True):
+        heads = [
+            (one @ other.T / math.sqrt(one.shape[1])).softmax(1)  # [R - first, R]
+            for one, other in zip(q[first:].chunk(num_heads, 1), k.chunk(num_heads, 1), strict=True)
+        ]
+        images.append(torch.stack(heads).mean((0, 1))[first:])  # [N]
+    return torch.stack(images) if images else keys.new_zeros(0, keys.shape[1] - first).to(compute)
+
+
 def select_centres(attention: Tensor, config: PruMergeConfig) -> list[int]:
     """Patch indices of the centres, in output order: attention [N] -> m distinct indices."""
     num_patches = len(attention)
