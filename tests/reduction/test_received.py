@@ -167,7 +167,7 @@ def test_compiles() -> None:
     torch.testing.assert_close(compiled(*given), received_attention(*given, num_heads=3) * 2)
 
 
-@pytest.fixture(params=[80, 120])
+@pytest.fixture(params=[80, pytest.param(120, marks=pytest.mark.slow)])
 def emulator(request: pytest.FixtureRequest) -> Iterator[ptxemu.Emulator]:
     with ptxemu.install(request.param, schedule="interleave") as installed:
         yield installed
