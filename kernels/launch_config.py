@@ -50,9 +50,15 @@ class LaunchConfig:
 
 
 def choose_launch(
-    batch: int, num_patches: int, channels: int, rows: int, dtype: torch.dtype, target: str
+    batch: int,
+    num_patches: int,
+    channels: int,
+    rows: int,
+    dtype: torch.dtype,
+    target: str,
+    width: int | None = None,
 ) -> LaunchConfig:
-    """The configuration for B images of N patch tokens with C channels.
+    """The configuration for B images of N patch tokens, with keys of C channels.
 
     Args:
         batch: B.
@@ -61,6 +67,7 @@ def choose_launch(
         rows: Output rows of a typical image; a guess where the image decides.
         dtype: float16, bfloat16 or float32.
         target: `"sm_80"`, `"gfx942"` and so on.
+        width: D, channels of the features; `None`: as many as the keys'.
 
     Raises:
         ValueError: There is no configuration for the target.
@@ -68,17 +75,25 @@ def choose_launch(
     # Few images: many programs share one, so that the GPU is full. Many: the keys are read least
     # often when one program takes large tiles of rows.
     splits = max(1, min(-(-rows // 16), _WIDE_GPU // max(batch, 1)))
-    return _configure(splits, channels, rows, dtype, target)
+    return _configure(splits, channels, rows, dtype, target, width or channels)
 
 
 def launch_candidates(
-    batch: int, num_patches: int, channels: int, rows: int, dtype: torch.dtype, target: str
+    batch: int,
+    num_patches: int,
+    channels: int,
+    rows: int,
+    dtype: torch.dtype,
+    target: str,
+    width: int | None = None,
 ) -> list[LaunchConfig]:
     """Configurations worth timing, the one of `choose_launch` first; arguments as there."""
-    first = choose_launch(batch, num_patches, channels, rows, dtype, target)
+    first = choose_launch(batch, num_patches, channels, rows, dtype, target, width)
     tiles = -(-rows // 16)
     splits = sorted({tiles, *(1 << i for i in range(tiles.bit_length()))})
-    others = [_configure(count, channels, rows, dtype, target) for count in splits]
+    others = [
+        _configure(count, channels, rows, dtype, target, width or channels) for count in splits
+    ]
     narrow = [
         dataclasses.replace(
             launch,
@@ -92,7 +107,7 @@ def launch_candidates(
 
 
 def _configure(
-    splits: int, channels: int, rows: int, dtype: torch.dtype, target: str
+    splits: int, channels: int, rows: int, dtype: torch.dtype, target: str, width: int
 ) -> LaunchConfig:
     """Tiles for `splits` programs an image."""
     obstacle = target_obstacle(target)
@@ -109,7 +124,7 @@ def _configure(
             block_n=64,
             block_c=_step(64, channels),
             block_score=_step(64, channels),
-            block_out=_step(64, channels),
+            block_out=_step(64, width),
             precision="tf32x3" if is_cuda else "ieee",
             num_warps=4,
             num_stages=2 if is_cuda else 1,
@@ -123,20 +138,20 @@ def _configure(
             block_n=64,
             block_c=_step(64, channels),
             block_score=_step(128, channels),
-            block_out=_step(64 if target in ("sm_86", "sm_89") else 128, channels),
+            block_out=_step(64 if target in ("sm_86", "sm_89") else 128, width),
             precision="tf32",
             num_warps=8,
             num_stages=2,
             max_registers=max_registers,
         )
-    step = _step(256, channels)
+    step, out = _step(256, channels), _step(256, width)
     return LaunchConfig(
         splits=splits,
         block_m=16,
         block_n=64,
         block_c=step,
         block_score=step,
-        block_out=step,
+        block_out=out,
         precision="tf32",
         num_warps=4,
         num_stages=2,

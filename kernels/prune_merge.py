@@ -1,5 +1,7 @@
 """The whole reduction in one launch: class attention, selection, similarity and merge.
 
+With scores given in place of a query, it is the reduction behind them.
+
 Program (i, s) of the grid takes every `splits`-th tile of the output rows of image i, from tile s.
 The programs of an image repeat its scoring and selection instead of waiting for one another, so
 there is no order of programs in which they could hang.
@@ -43,12 +45,14 @@ _NOT_SPECIALIZED = [
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def prune_merge_kernel(
-    # inputs: [B, C], [B, 1 + N, C], [B, 1 + N, C]
+    # inputs: [B, C] or None, [B, 1 + N, C], [B, 1 + N, D]; without a query there is no class row
     query, keys, hidden,
+    # [B, N], contiguous, for None as the query; else None
+    attention_in,
     stride_qb, stride_qc, stride_kb, stride_yb,
     STRIDE_KN: tl.constexpr, STRIDE_KC: tl.constexpr,
     STRIDE_YN: tl.constexpr, STRIDE_YC: tl.constexpr,
-    # outputs, contiguous: [B, capacity, C], [B], [B, capacity], [B, N]
+    # outputs, contiguous: [B, capacity, D], [B], [B, capacity], [B, N]
     tokens, lengths, kept, attention_out,
     # one block of `scratch_words` words a program
     scratch,
@@ -56,7 +60,7 @@ def prune_merge_kernel(
     # options
     softmax_scale, q1_rank, q1_weight, q3_rank, q3_weight, fence,
     num_attended, num_spatial, neighbours,
-    N: tl.constexpr, C: tl.constexpr,
+    N: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
     HAS_BUDGET: tl.constexpr, PLUS: tl.constexpr, RASTER: tl.constexpr,
     MERGE: tl.constexpr, SUPPLEMENT: tl.constexpr,
     # launch configuration
@@ -84,27 +88,38 @@ def prune_merge_kernel(
     weights = (similarities + BLOCK_M * TILES).to(tl.pointer_type(hidden.dtype.element_ty))
 
     image = tl.program_id(0).to(tl.int64)
-    image_query = query + image * stride_qb
     stride_qc = tl.cast(stride_qc, tl.int64)
     image_keys = keys + image * stride_kb
-    patch_keys = image_keys + STRIDE_KN
-    patches = hidden + image * stride_yb + STRIDE_YN
+    if query is None:
+        image_query = None
+        patch_keys = image_keys
+        patches = hidden + image * stride_yb
+    else:
+        image_query = query + image * stride_qb
+        patch_keys = image_keys + STRIDE_KN
+        patches = hidden + image * stride_yb + STRIDE_YN
 
     # ---- step 1: scores and norms
     score_patches(
         image_query, stride_qc, patch_keys, scores, inverse_norms, num_tiles,
         STRIDE_KN, STRIDE_KC, N, C, BLOCK_N, BLOCK_SCORE, TENSOR_CORES,
     )  # fmt: skip
-    own_score = class_token_score(image_query, stride_qc, image_keys, STRIDE_KC, C, C_PAD)
-    tl.debug_barrier()
-
-    # ---- step 2: attention and centres
     index = tl.arange(0, N_PAD)  # [N_PAD]
     in_range = index < N
-    patch_scores = tl.load(scores + index, mask=in_range, other=0.0)
-    attention = class_attention(patch_scores * softmax_scale, own_score * softmax_scale, in_range)
-    # Attention is NaN for a whole image or not at all; then all tokens rank the same.
-    comparable = tl.where(attention == attention, attention, 0.0)
+    if query is None:
+        tl.debug_barrier()
+        attention = tl.load(attention_in + image * N + index, mask=in_range, other=0.0)
+    else:
+        own_score = class_token_score(image_query, stride_qc, image_keys, STRIDE_KC, C, C_PAD)
+        tl.debug_barrier()
+        patch_scores = tl.load(scores + index, mask=in_range, other=0.0)
+        attention = class_attention(
+            patch_scores * softmax_scale, own_score * softmax_scale, in_range
+        )
+
+    # ---- step 2: centres
+    # NaN ranks as 0, and so does a negative score, which may be given.
+    comparable = tl.where(attention > 0.0, attention, 0.0)
     bits = tl.where(in_range, comparable.to(tl.int32, bitcast=True), -1)
     if HAS_BUDGET:
         attended = most_attended(bits, num_attended, N)
@@ -138,10 +153,10 @@ def prune_merge_kernel(
             tl.store(kept + image * capacity + rows, chosen, mask=rows < capacity)
 
     # ---- steps 3 and 4: one tile of output rows after the other
-    image_tokens = tokens + image * capacity * C
+    image_tokens = tokens + image * capacity * D
     for first in range(split * BLOCK_M, capacity, splits * BLOCK_M):
         rows = first + tl.arange(0, BLOCK_M)  # [BM]
-        out_rows = image_tokens + rows.to(tl.int64)[:, None] * C
+        out_rows = image_tokens + rows.to(tl.int64)[:, None] * D
         if first < length:
             is_centre = rows < count
             own = tl.load(centres + rows, mask=is_centre, other=0)  # [BM]
@@ -185,13 +200,13 @@ def prune_merge_kernel(
                 )  # fmt: skip
             tl.debug_barrier()
             own_rows = patches + own.to(tl.int64) * STRIDE_YN  # [BM]
-            for start in range(0, C, BLOCK_OUT):
+            for start in range(0, D, BLOCK_OUT):
                 channels = start + tl.arange(0, BLOCK_OUT)  # [BO]
                 sums = weighted_rows(
                     weights, patches, start, num_tiles,
-                    STRIDE_YN, STRIDE_YC, N, C, BLOCK_M, BLOCK_N, BLOCK_OUT, PRECISION,
+                    STRIDE_YN, STRIDE_YC, N, D, BLOCK_M, BLOCK_N, BLOCK_OUT, PRECISION,
                 )  # fmt: skip
-                inside = (channels < C)[None, :]
+                inside = (channels < D)[None, :]
                 own_ptrs = own_rows[:, None] + channel_offsets(channels, STRIDE_YC)[None, :]
                 kept_rows = tl.load(own_ptrs, mask=inside & is_centre[:, None], other=0.0)
                 kept_rows = kept_rows.to(tl.float32) * own_weight[:, None]  # [BM, BO]
@@ -209,32 +224,42 @@ def prune_merge_kernel(
             # The next tile writes the scratch that slower warps may still be reading.
             tl.debug_barrier()
         else:
-            for start in range(0, C, BLOCK_OUT):
+            for start in range(0, D, BLOCK_OUT):
                 channels = start + tl.arange(0, BLOCK_OUT)  # [BO]
                 tl.store(
                     out_rows + channels[None, :],
                     tl.zeros((BLOCK_M, BLOCK_OUT), tokens.dtype.element_ty),
-                    mask=(channels < C)[None, :] & (rows < capacity)[:, None],
+                    mask=(channels < D)[None, :] & (rows < capacity)[:, None],
                 )
 
 
 def prune_merge(
-    query: Tensor, keys: Tensor, hidden: Tensor, *, launch: LaunchConfig, **options: Any
+    query: Tensor | None,
+    keys: Tensor,
+    hidden: Tensor,
+    attention: Tensor | None = None,
+    *,
+    launch: LaunchConfig,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Reduce the patch tokens of B images, in one launch on the current device.
 
     Args:
-        query: [B, C], float16, bfloat16 or float32; any strides, as of the other two.
-        keys: [B, 1+N, C].
-        hidden: [B, 1+N, C].
+        query: [B, C], float16, bfloat16 or float32; any strides, as of the next two. None: scores
+            are given, and there is no class token.
+        keys: [B, 1+N, C], or [B, N, C] without a class token.
+        hidden: [B, 1+N, D] or [B, N, D].
+        attention: The scores [B, N] float32, contiguous, in place of a query.
         launch: How to cut the work.
         options: See `launch_arguments`.
 
     Returns:
-        Tokens [B, capacity, C] with zeros past an image's length, lengths [B] int32, kept
+        Tokens [B, capacity, D] with zeros past an image's length, lengths [B] int32, kept
         [B, capacity] int32, attention [B, N] float32.
     """
-    outputs, positional, named = launch_arguments(query, keys, hidden, launch=launch, **options)
+    outputs, positional, named = launch_arguments(
+        query, keys, hidden, attention, launch=launch, **options
+    )
     batch = keys.shape[0]
     if batch > 0:
         prune_merge_kernel[(batch, launch.splits)](*positional, **named)
@@ -242,9 +267,10 @@ def prune_merge(
 
 
 def launch_arguments(
-    query: Tensor,
+    query: Tensor | None,
     keys: Tensor,
     hidden: Tensor,
+    attention_in: Tensor | None = None,
     *,
     budget: int | None,
     plus: bool,
@@ -258,9 +284,10 @@ def launch_arguments(
     """The outputs, not yet filled, and all that the kernel takes.
 
     Args:
-        query: [B, C].
-        keys: [B, 1+N, C].
-        hidden: [B, 1+N, C].
+        query: As in `prune_merge`, like the next three.
+        keys: There.
+        hidden: There.
+        attention_in: There.
         budget: Centres an image; `None`: its outliers.
         plus: PruMerge+.
         neighbours: Tokens that merge into each centre; clipped to N - 1.
@@ -271,9 +298,10 @@ def launch_arguments(
         launch: How to cut the work.
     """
     batch, rows, channels = keys.shape
-    num_patches = rows - 1
+    width = hidden.shape[2]
+    num_patches = rows - (query is not None)
     capacity = (num_patches if budget is None else budget) + supplement
-    tokens = hidden.new_empty(batch, capacity, channels)
+    tokens = hidden.new_empty(batch, capacity, width)
     lengths = hidden.new_empty(batch, dtype=torch.int32)
     kept = hidden.new_empty(batch, capacity, dtype=torch.int32)
     attention = hidden.new_empty(batch, num_patches, dtype=torch.float32)
@@ -284,8 +312,8 @@ def launch_arguments(
     num_attended = 0 if budget is None else budget - num_spatial
     neighbours = min(neighbours, num_patches - 1)
     positional = (
-        query, keys, hidden,
-        *query.stride(), keys.stride(0), hidden.stride(0),
+        query, keys, hidden, attention_in,
+        *((0, 0) if query is None else query.stride()), keys.stride(0), hidden.stride(0),
         *keys.stride()[1:], *hidden.stride()[1:],
         tokens, lengths, kept, attention,
         scratch,
@@ -297,6 +325,7 @@ def launch_arguments(
     named = {
         "N": num_patches,
         "C": channels,
+        "D": width,
         "HAS_BUDGET": budget is not None,
         "PLUS": plus,
         "RASTER": raster,

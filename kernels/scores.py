@@ -1,4 +1,7 @@
-"""The scoring pass: one read of an image's keys gives class-token scores and key norms."""
+"""The scoring pass: one read of an image's keys gives class-token scores and key norms.
+
+Without a query, where scores are given, it gives norms alone.
+"""
 
 import triton
 import triton.language as tl
@@ -27,7 +30,8 @@ def score_patches(
 ):  # fmt: skip
     """q·k_j, unscaled, and 1 / |k_j| of every patch token j, to scratch.
 
-    query: row [C]; patch_keys: first of N rows [C]; scores, inverse_norms: [N], padded to tiles.
+    query: row [C], or None: no scores; patch_keys: first of N rows [C]; scores, inverse_norms: [N],
+    padded to tiles.
     """
     for tile in range(num_tiles):
         tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
@@ -39,7 +43,8 @@ def score_patches(
             dots, squares = _tile_by_sums(
                 query, stride_qc, patch_keys, tile, STRIDE_N, STRIDE_C, N, C, BLOCK_N, BLOCK_C
             )
-        tl.store(scores + tokens, dots)
+        if query is not None:
+            tl.store(scores + tokens, dots)
         tl.store(inverse_norms + tokens, 1.0 / tl.maximum(tl.sqrt(squares), 1e-12))
 
 
@@ -53,20 +58,24 @@ def _tile_by_sums(
     channels = tl.arange(0, BLOCK_C)  # [BC]
     key_ptrs = tile_rows(patch_keys, tile, tl.arange(0, BLOCK_N), STRIDE_N, N, BLOCK_N)[:, None]
     key_ptrs += channel_offsets(channels, STRIDE_C)[None, :]  # [BN, BC]
-    query_ptrs = query + channels * stride_qc
+    if query is not None:
+        query_ptrs = query + channels * stride_qc
     dots = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     squares = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     for start in range(0, C, BLOCK_C):
         if C % BLOCK_C:
             mask = start + channels < C
-            q = tl.load(query_ptrs, mask=mask, other=0.0).to(tl.float32)  # [BC]
             k = tl.load(key_ptrs, mask=mask[None, :], other=0.0).to(tl.float32)  # [BN, BC]
         else:
-            q = tl.load(query_ptrs).to(tl.float32)  # [BC]
             k = tl.load(key_ptrs).to(tl.float32)  # [BN, BC]
-        dots += k * q[None, :]
+        if query is not None:
+            if C % BLOCK_C:
+                q = tl.load(query_ptrs, mask=mask, other=0.0).to(tl.float32)  # [BC]
+            else:
+                q = tl.load(query_ptrs).to(tl.float32)  # [BC]
+            dots += k * q[None, :]
+            query_ptrs += BLOCK_C * stride_qc
         squares += k * k
-        query_ptrs += BLOCK_C * stride_qc
         key_ptrs += BLOCK_C * STRIDE_C
     return tl.sum(dots, 1), tl.sum(squares, 1)
 
@@ -89,20 +98,24 @@ def _tile_by_products(
     in_tile = tl.arange(0, BLOCK_N // GROUP)[:, None] * GROUP + in_group[None, :]  # [BN / 16, 16]
     key_ptrs = tile_rows(patch_keys, tile, in_tile, STRIDE_N, N, BLOCK_N)[:, :, None]
     key_ptrs += channel_offsets(channels, STRIDE_C)[None, None, :]  # [BN / 16, 16, BC]
-    query_ptrs = query + (channels[:, None] + tl.arange(0, COPIES)[None, :] * 0) * stride_qc
+    if query is not None:
+        query_ptrs = query + (channels[:, None] + tl.arange(0, COPIES)[None, :] * 0) * stride_qc
     dots = tl.zeros((BLOCK_N, COPIES), tl.float32)
     grams = tl.zeros((BLOCK_N // GROUP, GROUP, GROUP), tl.float32)
     for start in range(0, C, BLOCK_C):
         if C % BLOCK_C:
             mask = start + channels < C
-            q = tl.load(query_ptrs, mask=mask[:, None], other=0.0)  # [BC, 8]
             k = tl.load(key_ptrs, mask=mask[None, None, :], other=0.0)  # [BN / 16, 16, BC]
         else:
-            q = tl.load(query_ptrs)  # [BC, 8]
             k = tl.load(key_ptrs)  # [BN / 16, 16, BC]
         grams = tl.dot(k, tl.permute(k, (0, 2, 1)), grams)
-        dots = tl.dot(tl.reshape(k, (BLOCK_N, BLOCK_C)), q, dots)
-        query_ptrs += BLOCK_C * stride_qc
+        if query is not None:
+            if C % BLOCK_C:
+                q = tl.load(query_ptrs, mask=mask[:, None], other=0.0)  # [BC, 8]
+            else:
+                q = tl.load(query_ptrs)  # [BC, 8]
+            dots = tl.dot(tl.reshape(k, (BLOCK_N, BLOCK_C)), q, dots)
+            query_ptrs += BLOCK_C * stride_qc
         key_ptrs += BLOCK_C * STRIDE_C
     is_diagonal = in_group[:, None] == in_group[None, :]  # [16, 16]
     squares = tl.sum(tl.where(is_diagonal[None, :, :], grams, 0.0), 2)  # [BN / 16, 16]

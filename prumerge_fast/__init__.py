@@ -6,7 +6,8 @@ prumerge_fast.patch(model)                  # in place; generate() and forward()
 prumerge_fast.patch(model, keep=64)         # a fixed number of tokens an image
 prumerge_fast.unpatch(model)                # exactly as it was
 
-`prune_merge` is the reduction itself, for other models.
+`prune_merge` is the reduction itself, for other models; `reduce_tokens` the same by other scores,
+such as `received_attention`.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
     from prumerge_fast.errors import BackendUnavailableError, PruMergeError, UnsupportedModelError
     from prumerge_fast.patching.patch import is_patched, patch, patched, unpatch
     from prumerge_fast.reduction.config import PruMergeConfig
-    from prumerge_fast.reduction.dispatch import prune_merge
+    from prumerge_fast.reduction.dispatch import prune_merge, reduce_tokens
     from prumerge_fast.reduction.output import MergedTokens
+    from prumerge_fast.reduction.received import received_attention
 
 __all__ = [
     "BackendUnavailableError",
@@ -31,6 +33,8 @@ __all__ = [
     "patch",
     "patched",
     "prune_merge",
+    "received_attention",
+    "reduce_tokens",
     "unpatch",
 ]
 
@@ -47,6 +51,8 @@ _MODULES = {
     "patch": "patching.patch",
     "patched": "patching.patch",
     "prune_merge": "reduction.dispatch",
+    "received_attention": "reduction.received",
+    "reduce_tokens": "reduction.dispatch",
     "unpatch": "patching.patch",
 }
 

@@ -22,8 +22,8 @@ from prumerge_fast.harness.prompts import check_modalities, prepare_readable
 from prumerge_fast.harness.provenance import provenance
 from prumerge_fast.harness.questions import batches, decoded
 from prumerge_fast.harness.stages import Measurement, StageTimes, measure
+from prumerge_fast.reduction.backends import resolve_backend
 from prumerge_fast.reduction.config import PruMergeConfig
-from prumerge_fast.reduction.dispatch import resolve_backend
 
 MOST_ANSWERS_SHOWN = 12
 _NAMES = {"prumerge": "PruMerge", "prumerge+": "PruMerge+"}

@@ -11,7 +11,7 @@ from rich.table import Table
 from prumerge_fast.cli import report
 from prumerge_fast.demo import MODEL_DIR
 from prumerge_fast.harness.provenance import provenance
-from prumerge_fast.reduction.dispatch import resolve_backend
+from prumerge_fast.reduction.backends import resolve_backend
 from prumerge_fast.serving.installed import plugin
 
 

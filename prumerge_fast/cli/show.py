@@ -21,8 +21,8 @@ from prumerge_fast.harness.models import check_keep, load
 from prumerge_fast.harness.prompts import check_modality
 from prumerge_fast.harness.provenance import provenance
 from prumerge_fast.harness.videos import VIDEO_SUFFIXES, read_video
+from prumerge_fast.reduction.backends import resolve_backend
 from prumerge_fast.reduction.config import PruMergeConfig
-from prumerge_fast.reduction.dispatch import resolve_backend
 from prumerge_fast.reduction.reference import nearest
 
 PANEL = 480  # pixels of one panel's side, at least

@@ -24,8 +24,8 @@ from prumerge_fast.families import adapter_for, adapter_for_class
 from prumerge_fast.families.base import Adapter, Override, inner_model
 from prumerge_fast.patching.instance_class import instance_class
 from prumerge_fast.patching.overrides import inner_overrides, overrides_of
+from prumerge_fast.reduction.backends import resolve_backend
 from prumerge_fast.reduction.config import PruMergeConfig
-from prumerge_fast.reduction.dispatch import resolve_backend
 from prumerge_fast.towers.wrappers import check_adapters, unwrapped
 
 Model = TypeVar("Model")

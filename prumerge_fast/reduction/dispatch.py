@@ -1,76 +1,29 @@
-"""`prune_merge`: checks its arguments, chooses a backend and runs it."""
+"""`prune_merge` and `reduce_tokens`: check their arguments, choose a backend and run it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from prumerge_fast.errors import BackendUnavailableError
+from prumerge_fast.reduction.arguments import check_alike, check_device, check_types
 from prumerge_fast.reduction.autocast import without_autocast
+from prumerge_fast.reduction.backends import resolve_backend
 from prumerge_fast.reduction.config import PruMergeConfig
 from prumerge_fast.reduction.output import MergedTokens
-from prumerge_fast.reduction.reference import prune_merge_reference
-from prumerge_fast.reduction.torch_backend import prune_merge_torch
-from prumerge_fast.reduction.triton_backend import prune_merge_triton, triton_obstacle
+from prumerge_fast.reduction.reference import prune_merge_reference, reduce_tokens_reference
+from prumerge_fast.reduction.torch_backend import prune_merge_torch, reduce_tokens_torch
+from prumerge_fast.reduction.triton_backend import prune_merge_triton, reduce_tokens_triton
 
-BACKENDS = ("auto", "triton", "torch", "reference")
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DEFAULT_CONFIG = PruMergeConfig()
-# Each takes query [B, C], keys [B, 1+N, C], hidden [B, 1+N, S * C] and a config, all checked.
-_IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, PruMergeConfig], MergedTokens]] = {
-    "torch": prune_merge_torch,
-    "reference": prune_merge_reference,
-    "triton": prune_merge_triton,
+_Implementation = Callable[[Tensor, Tensor, Tensor, PruMergeConfig], MergedTokens]
+# By backend: with a query [B, C] and rows of the class token, and with scores [B, N] and none; the
+# arguments are checked.
+_IMPLEMENTATIONS: dict[str, tuple[_Implementation, _Implementation]] = {
+    "torch": (prune_merge_torch, reduce_tokens_torch),
+    "reference": (prune_merge_reference, reduce_tokens_reference),
+    "triton": (prune_merge_triton, reduce_tokens_triton),
 }
-
-
-class ResolvedBackend(NamedTuple):
-    """The backend that will run, and why, in words for a person."""
-
-    name: str
-    reason: str
-
-
-def resolve_backend(
-    backend: str,
-    device: torch.device | str,
-    dtype: torch.dtype | None = None,
-    num_patches: int | None = None,
-) -> ResolvedBackend:
-    """Which backend runs for tensors on `device` when `backend` is asked for.
-
-    Args:
-        backend: One of `BACKENDS`.
-        device: Where the tensors are.
-        dtype: Their dtype; `None`: one that every backend takes.
-        num_patches: N; `None`: a number that every backend takes.
-
-    Raises:
-        TypeError: `backend` is no string.
-        ValueError: There is no backend of that name.
-        BackendUnavailableError: The backend was asked for by name and cannot run.
-    """
-    if not isinstance(backend, str):
-        raise TypeError(f"backend: expected a string, got {backend!r} ({type(backend).__name__})")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    device = torch.device(device)
-    if backend == "auto":
-        if device.type == "cpu":
-            return ResolvedBackend("torch", "vectorised PyTorch, because the tensors are on a CPU")
-        obstacle = triton_obstacle(device, dtype, num_patches)
-        if obstacle is None:
-            return ResolvedBackend("triton", "a Triton kernel supports this device")
-        return ResolvedBackend("torch", f"vectorised PyTorch, because {obstacle}")
-    if backend == "triton":
-        obstacle = triton_obstacle(device, dtype, num_patches)
-        if obstacle is not None:
-            raise BackendUnavailableError(f"backend='triton' cannot run: {obstacle}")
-    return ResolvedBackend(backend, "asked for by name")
 
 
 def prune_merge(
@@ -117,28 +70,90 @@ def prune_merge(
             there is no such backend.
         BackendUnavailableError: The backend was asked for by name and cannot run.
     """
-    if config is None:
-        config = _DEFAULT_CONFIG
-    elif not isinstance(config, PruMergeConfig):
-        raise TypeError(f"config: expected a PruMergeConfig or None, got {type(config).__name__}")
+    config = _checked(config)
     _check_tensors(query, keys, hidden)
     resolved = resolve_backend(backend, keys.device, keys.dtype, keys.shape[1] - 1)
-    implementation = _IMPLEMENTATIONS[resolved.name]
+    implementation, _ = _IMPLEMENTATIONS[resolved.name]
     if query.ndim == 3:
         query = query[:, 0]  # [B, C]
     with without_autocast(keys.device.type):
         return implementation(query, keys, hidden, config)
 
 
+def reduce_tokens(
+    attention: Tensor,
+    keys: Tensor,
+    hidden: Tensor,
+    config: PruMergeConfig | None = None,
+    *,
+    backend: str = "auto",
+) -> MergedTokens:
+    """Reduce the tokens of B images by scores of any kind: all of Algorithm 1 but its attention.
+
+    `prune_merge` is this with the class token's attention as the scores. Here is no class token,
+    and the features need not be those that the keys are of: tokens may be pruned behind a
+    projector, or where tower and features have different widths.
+
+    Computed as `prune_merge` is, in float32 (float64 for float64 `hidden`). Differentiable in
+    `attention` and `hidden`; keys only choose neighbours, which are held constant.
+
+    Args:
+        attention: [B, N], how much each token matters, not negative; float16, bfloat16, float32 or
+            float64. A negative score, or NaN, ranks as 0 and is weighed as it is.
+        keys: [B, N, C], whose cosines say which tokens are similar.
+        hidden: [B, N, D], the features to reduce.
+        config: What to keep and how to merge; `None` for the defaults.
+        backend: `"auto"`, `"triton"`, `"torch"` or `"reference"`.
+
+    `keys` and `hidden` share one dtype of float16, bfloat16, float32 or float64; all are on one
+    device.
+
+    Returns:
+        As `prune_merge`; `attention` is the one given, in float32 (float64 for float64 `hidden`).
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes or devices do not fit together, N is 0, `keep` is larger than N, or
+            there is no such backend.
+        BackendUnavailableError: The backend was asked for by name and cannot run.
+    """
+    config = _checked(config)
+    tensors = {"attention": attention, "keys": keys, "hidden": hidden}
+    check_types(tensors)
+    if keys.ndim != 3 or 0 in keys.shape[1:]:
+        raise ValueError(
+            "keys: expected shape [B, N, C] with at least one token (N >= 1) and one channel, got "
+            f"{list(keys.shape)}"
+        )
+    batch, num_patches, _ = keys.shape
+    if hidden.ndim != 3 or hidden.shape[:2] != keys.shape[:2] or hidden.shape[2] < 1:
+        raise ValueError(
+            f"hidden: expected shape [{batch}, {num_patches}, D] to go with keys, D >= 1, got "
+            f"{list(hidden.shape)}"
+        )
+    if attention.shape != (batch, num_patches):
+        raise ValueError(
+            f"attention: expected shape {[batch, num_patches]} to go with keys, got "
+            f"{list(attention.shape)}"
+        )
+    check_alike({"hidden": hidden}, keys)
+    check_device({"attention": attention, "hidden": hidden}, keys)
+    resolved = resolve_backend(backend, keys.device, keys.dtype, num_patches)
+    _, implementation = _IMPLEMENTATIONS[resolved.name]
+    with without_autocast(keys.device.type):
+        return implementation(attention, keys, hidden, config)
+
+
+def _checked(config: PruMergeConfig | None) -> PruMergeConfig:
+    if config is None:
+        return _DEFAULT_CONFIG
+    if not isinstance(config, PruMergeConfig):
+        raise TypeError(f"config: expected a PruMergeConfig or None, got {type(config).__name__}")
+    return config
+
+
 def _check_tensors(query: Tensor, keys: Tensor, hidden: Tensor) -> None:
-    tensors = {"query": query, "keys": keys, "hidden": hidden}
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in _DTYPES:
-            raise TypeError(
-                f"{name}: expected dtype {', '.join(map(str, _DTYPES))}, got {tensor.dtype}"
-            )
+    check_types({"query": query, "keys": keys, "hidden": hidden})
     if keys.ndim != 3:
         raise ValueError(f"keys: expected shape [B, 1+N, C], got {list(keys.shape)}")
     batch, rows, channels = keys.shape
@@ -158,10 +173,5 @@ def _check_tensors(query: Tensor, keys: Tensor, hidden: Tensor) -> None:
             f"query: expected shape {[batch, channels]} or {[batch, rows, channels]} to go with "
             f"keys, got {list(query.shape)}"
         )
-    for name, tensor in tensors.items():
-        if tensor.dtype != keys.dtype:
-            raise TypeError(f"{name}: expected the dtype of keys, {keys.dtype}, got {tensor.dtype}")
-        if tensor.device != keys.device:
-            raise ValueError(
-                f"{name}: expected the device of keys, {keys.device}, got {tensor.device}"
-            )
+    check_alike({"query": query, "hidden": hidden}, keys)
+    check_device({"query": query, "hidden": hidden}, keys)

@@ -27,14 +27,14 @@ def prune_merge_gradients(
     merge: str,
     supplement: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `query` [B, C], `keys` and `hidden` [B, 1+N, C], in their dtype.
+    """Gradients of `query` [B, C], `keys` [B, 1+N, C] and `hidden` [B, 1+N, D], in their dtype.
 
     Args:
-        grad_tokens: [B, capacity, C].
+        grad_tokens: [B, capacity, D].
         grad_attention: [B, N].
         query: The input [B, C].
         keys: The input [B, 1+N, C].
-        hidden: The input [B, 1+N, C].
+        hidden: The input [B, 1+N, D].
         lengths: The output [B].
         kept: The output [B, capacity].
         neighbours: As in `PruMergeConfig`, like the next two.
@@ -44,10 +44,60 @@ def prune_merge_gradients(
     compute = torch.promote_types(hidden.dtype, torch.float32)
     scale = 1 / math.sqrt(query.shape[1])
     q, k = query.to(compute), keys.to(compute)
-    patches = hidden[:, 1:].to(compute)  # [B, N, C]
     scores = (k @ q[:, :, None]).squeeze(2) * scale  # [B, 1+N]
     shares = scores.softmax(1)  # [B, 1+N]
-    attention = shares[:, 1:]  # [B, N]
+    grad_a, grad_patches = reduce_tokens_gradients(
+        grad_tokens,
+        grad_attention,
+        shares[:, 1:],
+        k[:, 1:],
+        hidden[:, 1:],
+        lengths,
+        kept,
+        neighbours=neighbours,
+        merge=merge,
+        supplement=supplement,
+    )
+    pad = torch.nn.functional.pad
+    grad_a = pad(grad_a, (1, 0))  # [B, 1+N]
+    grad_scores = shares * (grad_a - (shares * grad_a).sum(1, keepdim=True)) * scale
+    grad_query = (grad_scores[:, None] @ k).squeeze(1)  # [B, C]
+    grad_keys = grad_scores[:, :, None] * q[:, None]  # [B, 1+N, C]
+    grad_hidden = pad(grad_patches, (0, 0, 1, 0))  # [B, 1+N, D]
+    return grad_query.to(query.dtype), grad_keys.to(keys.dtype), grad_hidden
+
+
+def reduce_tokens_gradients(
+    grad_tokens: Tensor,
+    grad_attention: Tensor,
+    attention: Tensor,
+    keys: Tensor,
+    hidden: Tensor,
+    lengths: Tensor,
+    kept: Tensor,
+    *,
+    neighbours: int,
+    merge: str,
+    supplement: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `attention` [B, N] and `hidden` [B, N, D], in their dtype.
+
+    Keys choose the neighbours and do nothing else, so that they have none.
+
+    Args:
+        grad_tokens: [B, capacity, D].
+        grad_attention: Of the output [B, N].
+        attention: The input [B, N].
+        keys: The input [B, N, C].
+        hidden: The input [B, N, D].
+        lengths: The output [B].
+        kept: The output [B, capacity].
+        neighbours: As in `PruMergeConfig`, like the next two.
+        merge: How neighbours were merged.
+        supplement: Whether there is a supplementary row.
+    """
+    compute = torch.promote_types(hidden.dtype, torch.float32)
+    weigh, patches = attention.to(compute), hidden.to(compute)  # [B, N] and [B, N, D]
 
     is_centre_row = (kept >= 0)[:, :, None]  # [B, R, 1]
     centres = kept.clamp(min=0).long()  # [B, R]
@@ -56,7 +106,7 @@ def prune_merge_gradients(
     if merge == "none":
         merged = torch.zeros_like(own)
     else:
-        merged = (neighbour_mask(k[:, 1:], centres, neighbours) & is_centre_row).to(compute)
+        merged = (neighbour_mask(keys.to(compute), centres, neighbours) & is_centre_row).to(compute)
 
     grad = grad_tokens.to(compute)
     live = torch.arange(kept.shape[1], device=kept.device) < lengths[:, None]  # [B, R]
@@ -65,7 +115,7 @@ def prune_merge_gradients(
 
     if merge == "average":
         taking_part = merged + own  # [B, R, N]
-        unscaled = attention[:, None] * taking_part
+        unscaled = weigh[:, None] * taking_part
         total = unscaled.sum(2, keepdim=True)  # [B, R, 1]
         weightless = total == 0
         total = total.masked_fill(weightless, 1.0)
@@ -74,18 +124,14 @@ def prune_merge_gradients(
         grad_unscaled = ((grad_weights - mean) / total).masked_fill(weightless, 0.0)
         grad_a = (grad_unscaled * taking_part).sum(1)  # [B, N]
     else:
-        weights = attention[:, None] * merged + own  # [B, R, N]
+        weights = weigh[:, None] * merged + own  # [B, R, N]
         grad_a = (grad_weights * merged).sum(1)  # [B, N]
     if supplement:
         is_last = live & (kept < 0)  # [B, R]
         left = is_last[:, :, None] * (own.sum(1, keepdim=True) == 0)  # [B, R, N]
-        weights = weights + attention[:, None] * left
+        weights = weights + weigh[:, None] * left
         grad_a = grad_a + (grad_weights * left).sum(1)
 
-    grad_hidden = torch.zeros_like(hidden, dtype=compute)
-    grad_hidden[:, 1:] = weights.transpose(1, 2) @ grad
-    grad_a = torch.nn.functional.pad(grad_a + grad_attention.to(compute), (1, 0))  # [B, 1+N]
-    grad_scores = shares * (grad_a - (shares * grad_a).sum(1, keepdim=True)) * scale
-    grad_query = (grad_scores[:, None] @ k).squeeze(1)  # [B, C]
-    grad_keys = grad_scores[:, :, None] * q[:, None]  # [B, 1+N, C]
-    return grad_query.to(query.dtype), grad_keys.to(keys.dtype), grad_hidden.to(hidden.dtype)
+    grad_hidden = weights.transpose(1, 2) @ grad  # [B, N, D]
+    grad_attention = grad_a + grad_attention.to(compute)  # [B, N]
+    return grad_attention.to(attention.dtype), grad_hidden.to(hidden.dtype)

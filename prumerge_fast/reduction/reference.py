@@ -31,27 +31,47 @@ def prune_merge_reference(
         float64 for float64 input.
     """
     compute = torch.promote_types(hidden.dtype, torch.float32)
-    batch, rows, channels = hidden.shape
+    attention = hidden.new_zeros(len(hidden), hidden.shape[1] - 1, dtype=compute)  # [B, N]
+    if len(hidden):
+        pairs = zip(query.to(compute), keys.to(compute), strict=True)
+        attention = torch.stack([class_attention(q, k) for q, k in pairs])
+    return reduce_tokens_reference(attention, keys[:, 1:], hidden[:, 1:], config)
+
+
+def reduce_tokens_reference(
+    attention: Tensor, keys: Tensor, hidden: Tensor, config: PruMergeConfig
+) -> MergedTokens:
+    """Reduce the tokens of B images by scores that are given, image by image.
+
+    Args:
+        attention: [B, N].
+        keys: [B, N, C].
+        hidden: [B, N, D].
+        config: What to keep and how to merge.
+
+    Returns:
+        As `prune_merge_reference`.
+    """
+    compute = torch.promote_types(hidden.dtype, torch.float32)
+    batch, num_patches, channels = hidden.shape
+    attention = attention.to(compute)
     images = []
-    for q, k, y in zip(query.to(compute), keys.to(compute), hidden.to(compute), strict=True):
-        attention = class_attention(q, k)  # [N]
-        centres = select_centres(attention.detach(), config)  # m indices
-        images.append((attention, centres, merge_rows(attention, k[1:], y[1:], centres, config)))
+    for a, k, y in zip(attention, keys.to(compute), hidden.to(compute), strict=True):
+        centres = select_centres(a.detach(), config)  # m indices
+        images.append((centres, merge_rows(a, k, y, centres, config)))
 
     if config.keep is None:
-        capacity = max((len(tokens) for _, _, tokens in images), default=int(config.supplement))
+        capacity = max((len(tokens) for _, tokens in images), default=int(config.supplement))
     else:
-        capacity = config.capacity(rows - 1)
+        capacity = config.capacity(num_patches)
     tokens = hidden.new_zeros(batch, capacity, channels)
     lengths = torch.zeros(batch, dtype=torch.int32)
     kept = torch.full((batch, capacity), -1, dtype=torch.int32)
-    attentions = hidden.new_zeros(batch, rows - 1, dtype=compute)
-    for b, (attention, centres, merged) in enumerate(images):
+    for b, (centres, merged) in enumerate(images):
         tokens[b, : len(merged)] = merged.to(hidden.dtype)
         lengths[b] = len(merged)
         kept[b, : len(centres)] = torch.tensor(centres, dtype=torch.int32)
-        attentions[b] = attention
-    return MergedTokens(tokens, lengths.to(hidden.device), kept.to(hidden.device), attentions)
+    return MergedTokens(tokens, lengths.to(hidden.device), kept.to(hidden.device), attention)
 
 
 def class_attention(query: Tensor, keys: Tensor) -> Tensor:
@@ -64,11 +84,38 @@ def class_attention(query: Tensor, keys: Tensor) -> Tensor:
     return scores.softmax(0)[1:]
 
 
+def received_attention_reference(
+    query: Tensor, keys: Tensor, num_heads: int, class_token: bool
+) -> Tensor:
+    """Attention that each patch receives, image by image and head by head.
+
+    Args:
+        query: [B, R, C].
+        keys: [B, R, C].
+        num_heads: H.
+        class_token: Whether row 0 is the class token's.
+
+    Returns:
+        [B, N], N = R - 1 with a class token, else R.
+    """
+    compute = torch.promote_types(keys.dtype, torch.float32)
+    first = int(class_token)
+    images = []
+    for q, k in zip(query.to(compute), keys.to(compute), strict=True):
+        heads = [
+            (one @ other.T / math.sqrt(one.shape[1])).softmax(1)  # [R - first, R]
+            for one, other in zip(q[first:].chunk(num_heads, 1), k.chunk(num_heads, 1), strict=True)
+        ]
+        images.append(torch.stack(heads).mean((0, 1))[first:])  # [N]
+    return torch.stack(images) if images else keys.new_zeros(0, keys.shape[1] - first).to(compute)
+
+
 def select_centres(attention: Tensor, config: PruMergeConfig) -> list[int]:
     """Patch indices of the centres, in output order: attention [N] -> m distinct indices."""
     num_patches = len(attention)
+    attention = torch.where(attention > 0, attention, 0.0)  # NaN ranks as 0, and what is negative
     values = attention.tolist()
-    by_attention = sorted(range(num_patches), key=lambda j: (-_nan_as_least(values[j]), j))
+    by_attention = sorted(range(num_patches), key=lambda j: (-values[j], j))
     budget = config.budget(num_patches)
     if budget is None:
         q1, q3 = percentile(attention, 0.25), percentile(attention, 0.75)

@@ -35,8 +35,27 @@ def prune_merge_torch(
     """
     compute = torch.promote_types(hidden.dtype, torch.float32)
     keys = keys.to(compute)
-    attention = _class_attention(query.to(compute), keys)  # [B, N]
-    patches = hidden[:, 1:].to(compute)  # [B, N, C]
+    attention = class_attention(query.to(compute), keys)  # [B, N]
+    return reduce_tokens_torch(attention, keys[:, 1:], hidden[:, 1:], config)
+
+
+def reduce_tokens_torch(
+    attention: Tensor, keys: Tensor, hidden: Tensor, config: PruMergeConfig
+) -> MergedTokens:
+    """Reduce the tokens of B images by scores that are given.
+
+    Args:
+        attention: [B, N].
+        keys: [B, N, C].
+        hidden: [B, N, D].
+        config: What to keep and how to merge.
+
+    Returns:
+        As `prune_merge_torch`.
+    """
+    compute = torch.promote_types(hidden.dtype, torch.float32)
+    attention, keys = attention.to(compute), keys.to(compute)
+    patches = hidden.to(compute)  # [B, N, D]
 
     is_centre, order = _select(attention.detach(), config)  # [B, N] each
     counts = is_centre.sum(1)  # [B]
@@ -45,16 +64,16 @@ def prune_merge_torch(
     centres = order[:, :most]  # [B, M]
 
     if config.merge == "none":
-        merged = _rows(patches, centres)  # [B, M, C]
+        merged = _rows(patches, centres)  # [B, M, D]
         if config.supplement:
             left = _supplement_weights(attention, is_centre)  # [B, 1, N]
-            merged = torch.cat((merged, left @ patches), 1)  # [B, M + 1, C]
+            merged = torch.cat((merged, left @ patches), 1)  # [B, M + 1, D]
     else:
-        neighbours = neighbour_mask(keys[:, 1:].detach(), centres, config.neighbours)  # [B, M, N]
+        neighbours = neighbour_mask(keys.detach(), centres, config.neighbours)  # [B, M, N]
         weights = _centre_weights(attention, centres, neighbours, config)  # [B, M, N]
         if config.supplement:
             weights = torch.cat((weights, _supplement_weights(attention, is_centre)), 1)
-        merged = weights @ patches  # [B, M (+ 1), C]
+        merged = weights @ patches  # [B, M (+ 1), D]
 
     slots = torch.arange(merged.shape[1], device=hidden.device)  # [M (+ 1)]
     is_centre_row = slots < counts[:, None]  # [B, M (+ 1)]
@@ -67,7 +86,7 @@ def prune_merge_torch(
     return MergedTokens(merged.to(hidden.dtype), lengths.int(), kept.int(), attention)
 
 
-def _class_attention(query: Tensor, keys: Tensor) -> Tensor:
+def class_attention(query: Tensor, keys: Tensor) -> Tensor:
     """Step 1: query [B, C], keys [B, 1+N, C] -> [B, N]."""
     # This way round: keys @ query is eight times slower on a CPU for many images.
     scores = (query[:, None] @ keys.transpose(1, 2)).squeeze(1)  # [B, 1+N]
@@ -78,8 +97,8 @@ def _select(attention: Tensor, config: PruMergeConfig) -> tuple[Tensor, Tensor]:
     """Step 2: which patches are centres [B, N] bool, and all patches, centres first in output
     order [B, N] int64."""
     batch, num_patches = attention.shape
-    # Attention is NaN for a whole image or not at all: no token above the fence, ties by index.
-    attention = attention.nan_to_num(nan=-1.0)
+    # NaN ranks as 0, and so does a negative score, which may be given.
+    attention = torch.where(attention > 0, attention, 0.0)
     values, by_attention = attention.sort(dim=1, descending=True, stable=True)  # [B, N] each
     index = torch.arange(num_patches, device=attention.device)  # [N]
     rank = torch.empty_like(by_attention).scatter_(1, by_attention, index.expand(batch, -1))
@@ -164,7 +183,8 @@ def _centre_weights(
 ) -> Tensor:
     """Weight of each token in each centre's row: [B, M, N]."""
     own = centres[:, :, None]  # [B, M, 1]
-    weights = attention[:, None] * neighbours  # [B, M, N]
+    # Not a product: NaN stays with the rows that weigh it.
+    weights = torch.where(neighbours, attention[:, None], 0.0)  # [B, M, N]
     if config.merge == "sum":
         return weights.scatter(2, own, 1.0)
     weights = weights.scatter(2, own, attention.gather(1, centres)[:, :, None])

@@ -1,7 +1,8 @@
-"""The Triton backend: the fused kernel as one PyTorch operator, `prumerge_fast::prune_merge`.
+"""The Triton backend: the fused kernel as a PyTorch operator, `prumerge_fast::prune_merge`.
 
-One operator for the whole reduction, because each costs about 10 µs of host time. Its shapes are
-static (rows padded to `config.capacity(N)`), so that it traces and neither waits for the device.
+One operator for the whole reduction, because each costs about 10 µs of host time; with scores that
+are given, `prumerge_fast::reduce_tokens`. Shapes are static (rows padded to `config.capacity(N)`),
+so that it traces and does not wait for the device.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from prumerge_fast.reduction.autocast import without_autocast
 from prumerge_fast.reduction.config import PruMergeConfig
-from prumerge_fast.reduction.gradients import prune_merge_gradients
+from prumerge_fast.reduction.gradients import prune_merge_gradients, reduce_tokens_gradients
 from prumerge_fast.reduction.output import MergedTokens
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -27,36 +28,60 @@ _NO_BUDGET = -1  # operators take the budget as a plain `int`
 def prune_merge_triton(
     query: Tensor, keys: Tensor, hidden: Tensor, config: PruMergeConfig
 ) -> MergedTokens:
-    """Reduce the patch tokens of B images in one kernel launch for each feature layer.
+    """Reduce the patch tokens of B images in one kernel launch.
 
     Args:
         query: [B, C], the class token's query.
         keys: [B, 1+N, C].
-        hidden: [B, 1+N, S * C]; the kernel takes C channels, so that it runs S times.
+        hidden: [B, 1+N, D].
         config: What to keep and how to merge.
 
     Returns:
         Rows padded to the longest image, in the dtype of `hidden`; computed in float32.
     """
-    budget = config.budget(keys.shape[1] - 1)
-    launches = [
-        torch.ops.prumerge_fast.prune_merge(
-            query,
-            keys,
-            layer,
-            _NO_BUDGET if budget is None else budget,
-            config.variant,
-            config.neighbours,
-            config.fence,
-            config.merge,
-            config.supplement,
-            config.order,
-        )
-        for layer in hidden.split(keys.shape[2], dim=2)  # [B, 1+N, C] each
-    ]
-    tokens, lengths, kept, attention = launches[0]
-    if len(launches) > 1:  # all selected the same tokens
-        tokens = torch.cat([launch[0] for launch in launches], dim=2)
+    budget, options = _options(config, keys.shape[1] - 1)
+    outputs = torch.ops.prumerge_fast.prune_merge(query, keys, hidden, *options)
+    return _merged(outputs, budget, config)
+
+
+def reduce_tokens_triton(
+    attention: Tensor, keys: Tensor, hidden: Tensor, config: PruMergeConfig
+) -> MergedTokens:
+    """Reduce the tokens of B images by scores that are given, in one kernel launch.
+
+    Args:
+        attention: [B, N].
+        keys: [B, N, C].
+        hidden: [B, N, D].
+        config: What to keep and how to merge.
+
+    Returns:
+        As `prune_merge_triton`.
+    """
+    budget, options = _options(config, keys.shape[1])
+    outputs = torch.ops.prumerge_fast.reduce_tokens(attention.float(), keys, hidden, *options)
+    return _merged(outputs, budget, config)
+
+
+def _options(config: PruMergeConfig, num_patches: int) -> tuple[int | None, tuple[Any, ...]]:
+    """The budget, and a config as the operators take it."""
+    budget = config.budget(num_patches)
+    return budget, (
+        _NO_BUDGET if budget is None else budget,
+        config.variant,
+        config.neighbours,
+        config.fence,
+        config.merge,
+        config.supplement,
+        config.order,
+    )
+
+
+def _merged(
+    outputs: tuple[Tensor, ...], budget: int | None, config: PruMergeConfig
+) -> MergedTokens:
+    """What an operator returned, its rows cut to the longest image's."""
+    tokens, lengths, kept, attention = outputs
     if budget is None:
         longest = int(lengths.max()) if len(lengths) else int(config.supplement)
         tokens, kept = tokens[:, :longest], kept[:, :longest]
@@ -124,6 +149,9 @@ def launch_target(device: torch.device) -> str:
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
+_Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
 @torch.library.custom_op("prumerge_fast::prune_merge", mutates_args=())
 def _prune_merge(
     query: Tensor,
@@ -137,15 +165,49 @@ def _prune_merge(
     supplement: bool,
     order: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    options = (budget, variant, neighbours, fence, merge, supplement, order)
+    return _launch((query, keys, hidden), keys.shape[1] - 1, *options)
+
+
+@torch.library.custom_op("prumerge_fast::reduce_tokens", mutates_args=())
+def _reduce_tokens(
+    attention: Tensor,
+    keys: Tensor,
+    hidden: Tensor,
+    budget: int,
+    variant: str,
+    neighbours: int,
+    fence: float,
+    merge: str,
+    supplement: bool,
+    order: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    options = (budget, variant, neighbours, fence, merge, supplement, order)
+    return _launch((None, keys, hidden, attention.contiguous()), keys.shape[1], *options)
+
+
+def _launch(
+    inputs: tuple[Any, ...],
+    num_patches: int,
+    budget: int,
+    variant: str,
+    neighbours: int,
+    fence: float,
+    merge: str,
+    supplement: bool,
+    order: str,
+) -> _Outputs:
+    """Runs the kernel on the inputs that it takes."""
     from prumerge_fast.kernels import launch_config
     from prumerge_fast.kernels.prune_merge import prune_merge
 
-    batch, rows, channels = keys.shape
+    keys, hidden = inputs[1:3]
+    batch, _, channels = keys.shape
     plus = variant == "prumerge+"
     # Heavy-tailed attention keeps an eleventh to a seventh of the tokens, with PruMerge+ about
     # half. Guess low: a program too many repeats the scoring of every image, one too few takes a
     # second tile in those that keep more.
-    typical = (rows - 1) // (2 if plus else 11) if budget == _NO_BUDGET else budget
+    typical = num_patches // (2 if plus else 11) if budget == _NO_BUDGET else budget
     options = {
         "budget": None if budget == _NO_BUDGET else budget,
         "plus": plus,
@@ -156,17 +218,20 @@ def _prune_merge(
         "raster": order == "raster",
     }
 
-    def run(launch: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return prune_merge(query, keys, hidden, launch=launch, **options)
+    def run(launch: Any) -> _Outputs:
+        return prune_merge(*inputs, launch=launch, **options)
 
     target = launch_target(keys.device)
-    shape = (batch, rows - 1, channels, typical + supplement, keys.dtype, target)
+    shape = (
+        *(batch, num_patches, channels, typical + supplement, keys.dtype, target),
+        hidden.shape[2],
+    )
     # Triton launches, times and captures on the current device, which need not be the tensors'.
     with torch.cuda.device_of(keys):
         if _autotunes() and batch > 0 and not _is_capturing(keys.device):
             from prumerge_fast.kernels.autotune import fastest
 
-            key = (*shape, keys.device, *options.values())
+            key = (len(inputs), *shape, keys.device, *options.values())
             return run(fastest(key, launch_config.launch_candidates(*shape), run))
         return run(launch_config.choose_launch(*shape))
 
@@ -184,32 +249,32 @@ def _is_capturing(device: torch.device) -> bool:
 
 
 @_prune_merge.register_fake
-def _(
-    query: Tensor,
-    keys: Tensor,
-    hidden: Tensor,
-    budget: int,
-    variant: str,
-    neighbours: int,
-    fence: float,
-    merge: str,
-    supplement: bool,
-    order: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, rows, channels = keys.shape
-    capacity = (rows - 1 if budget == _NO_BUDGET else budget) + int(supplement)
+def _(query: Tensor, keys: Tensor, hidden: Tensor, budget: int, *options: Any) -> _Outputs:
+    return _empty(keys.shape[1] - 1, hidden, budget, *options)
+
+
+@_reduce_tokens.register_fake
+def _(attention: Tensor, keys: Tensor, hidden: Tensor, budget: int, *options: Any) -> _Outputs:
+    return _empty(keys.shape[1], hidden, budget, *options)
+
+
+def _empty(num_patches: int, hidden: Tensor, budget: int, *options: Any) -> _Outputs:
+    """Outputs of the right shapes."""
+    supplement = options[4]
+    batch, _, width = hidden.shape
+    capacity = (num_patches if budget == _NO_BUDGET else budget) + int(supplement)
     return (
-        hidden.new_empty(batch, capacity, channels),
+        hidden.new_empty(batch, capacity, width),
         hidden.new_empty(batch, dtype=torch.int32),
         hidden.new_empty(batch, capacity, dtype=torch.int32),
-        hidden.new_empty(batch, rows - 1, dtype=torch.float32),
+        hidden.new_empty(batch, num_patches, dtype=torch.float32),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, keys, hidden, _, _, neighbours, _, merge, supplement, _ = inputs
+    first, keys, hidden, _, _, neighbours, _, merge, supplement, _ = inputs
     _, lengths, kept, _ = output
-    ctx.save_for_backward(query, keys, hidden, lengths, kept)
+    ctx.save_for_backward(first, keys, hidden, lengths, kept)
     ctx.options = {"neighbours": neighbours, "merge": merge, "supplement": supplement}
 
 
@@ -222,4 +287,15 @@ def _backward(ctx: Any, grad_tokens: Tensor, _l: Any, _k: Any, grad_attention: T
     return (*gradients, *(None,) * 7)
 
 
+def _backward_of_scores(
+    ctx: Any, grad_tokens: Tensor, _l: Any, _k: Any, grad_attention: Tensor
+) -> Any:
+    with without_autocast(grad_tokens.device.type):
+        grad_scores, grad_hidden = reduce_tokens_gradients(
+            grad_tokens, grad_attention, *ctx.saved_tensors, **ctx.options
+        )
+    return (grad_scores, None, grad_hidden, *(None,) * 7)
+
+
 _prune_merge.register_autograd(_backward, setup_context=_setup_context)
+_reduce_tokens.register_autograd(_backward_of_scores, setup_context=_setup_context)

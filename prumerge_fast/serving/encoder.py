@@ -21,8 +21,8 @@ from prumerge_fast.families.base import Adapter, inner_model
 from prumerge_fast.harness.models import read_config, resolve_device
 from prumerge_fast.harness.pictures import as_seen
 from prumerge_fast.harness.sizes import check_sizes
+from prumerge_fast.reduction.backends import resolve_backend
 from prumerge_fast.reduction.config import PruMergeConfig
-from prumerge_fast.reduction.dispatch import resolve_backend
 from prumerge_fast.serving.checkpoint import plain_name, read_weights
 
 _DTYPES = ("float32", "bfloat16", "float16")

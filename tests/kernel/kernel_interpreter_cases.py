@@ -10,13 +10,17 @@ import torch
 from kernel_cases import (
     CONFIGS,
     GOLDEN,
+    TOLERANCE,
     assert_generates_like_torch,
     assert_like_golden,
     assert_like_torch,
     random_inputs,
+    relative_error,
 )
 
 from prumerge_fast.reduction.config import PruMergeConfig
+from prumerge_fast.reduction.dispatch import prune_merge, reduce_tokens
+from prumerge_fast.reduction.received import received_attention
 
 slow = pytest.mark.slow
 
@@ -66,6 +70,26 @@ def test_feature_layers_side_by_side(dtype: torch.dtype) -> None:
     query, keys, hidden = random_inputs(2, 23, 40, dtype)
     layers = torch.cat((hidden, keys), 2)  # [B, 1+N, 2 * C]
     assert_like_torch((query, keys, layers), CONFIGS["default"], dtype)
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+def test_received_attention(dtype: torch.dtype, class_token: bool) -> None:
+    _, query, keys = random_inputs(2, 70, 72, dtype)
+    options = {"num_heads": 3, "class_token": class_token}
+    expected = received_attention(query.double(), keys.double(), **options)
+    found = received_attention(query, keys, **options, backend="triton")
+    assert relative_error(found, expected) < (1e-5 if dtype == torch.float32 else 1e-3)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_scores_that_are_given(name: str, dtype: torch.dtype) -> None:
+    query, keys, hidden = random_inputs(2, 23, 40, dtype)
+    attention = prune_merge(query, keys, hidden, backend="torch").attention
+    inputs = (attention, keys[:, 1:], torch.cat((hidden, hidden), 2)[:, 1:, 30:])
+    expected = reduce_tokens(*inputs, CONFIGS[name], backend="torch")
+    found = reduce_tokens(*inputs, CONFIGS[name], backend="triton")
+    assert torch.equal(found.kept, expected.kept)
+    assert relative_error(found.tokens, expected.tokens) < TOLERANCE[dtype]
 
 
 def test_patched_generate() -> None:

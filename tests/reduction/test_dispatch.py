@@ -9,8 +9,9 @@ from merge_cases import grid_inputs, smooth_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prumerge_fast.errors import BackendUnavailableError, PruMergeError, UnsupportedModelError
+from prumerge_fast.reduction.backends import BACKENDS, resolve_backend
 from prumerge_fast.reduction.config import PruMergeConfig
-from prumerge_fast.reduction.dispatch import BACKENDS, prune_merge, resolve_backend
+from prumerge_fast.reduction.dispatch import prune_merge
 
 
 @pytest.fixture

@@ -29,8 +29,9 @@ from triton.runtime.errors import OutOfResources
 
 from prumerge_fast.cli import main
 from prumerge_fast.errors import BackendUnavailableError
+from prumerge_fast.reduction.backends import resolve_backend
 from prumerge_fast.reduction.config import PruMergeConfig
-from prumerge_fast.reduction.dispatch import prune_merge, resolve_backend
+from prumerge_fast.reduction.dispatch import prune_merge
 from prumerge_fast.reduction.gradients import prune_merge_gradients
 from prumerge_fast.reduction.triton_backend import triton_obstacle
 
