@@ -26,10 +26,11 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, LlavaNextImageProcessor
 
 from prumerge_fast.reduction.config import PruMergeConfig
-from prumerge_fast.reduction.dispatch import prune_merge
+from prumerge_fast.reduction.dispatch import reduce_tokens
 
 V5 = int(transformers.__version__.split(".")[0]) >= 5
 SIDE = 5  # patches of 6 pixels
+HEADS = 4  # of the towers
 FRAMES = 3
 
 
@@ -130,6 +131,16 @@ class Family:
         return [part for parts in prompts for part in parts if part[0] == kind]
 
 
+def scores_by_hand(query: Tensor, keys: Tensor, config: PruMergeConfig) -> Tensor:
+    """[1, N], from the whole attention of all queries [1, 1+N, C]."""
+    received = config.scores == "received"
+    heads = HEADS if config.heads == "separate" or (config.heads, received) == ("auto", True) else 1
+    q, k = (one.unflatten(2, (heads, -1)).transpose(1, 2) for one in (query, keys))
+    shares = (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(3)  # [1, H, 1+N, 1+N]
+    asking = shares[:, :, 1:] if received else shares[:, :, :1]
+    return asking.mean((1, 2))[:, 1:]
+
+
 class FamilyOracle(Oracle):
     """Takes prompts in parts."""
 
@@ -142,14 +153,16 @@ class FamilyOracle(Oracle):
         """Tokens [m, D] of an image [3, H, W], chosen among the patches in `read`, or all."""
         query, keys, hidden = tower_outputs(tower, pixels[None], *self.family.layers)
         if read is not None:
-            keys, hidden = (t[:, [0, *(read + 1).tolist()]] for t in (keys, hidden))
-        return self.project(query[:, 0], keys, hidden)
+            rows = [0, *(read + 1).tolist()]
+            query, keys, hidden = (t[:, rows] for t in (query, keys, hidden))
+        return self.project(query, keys, hidden)
 
     def project(self, query: Tensor, keys: Tensor, hidden: Tensor) -> Tensor:
         config = self.config
         if isinstance(config.keep, int):
             config = config.replace(keep=min(config.keep, keys.shape[1] - 1))
-        merged = prune_merge(query, keys, hidden, config, backend="reference")
+        attention = scores_by_hand(query, keys, config)
+        merged = reduce_tokens(attention, keys[:, 1:], hidden[:, 1:], config, backend="reference")
         self.kept = merged.kept[0].tolist()
         return self.model.model.multi_modal_projector(merged.split()[0])
 
@@ -330,7 +343,7 @@ class LlavaNextVideo(LlavaNext):
                 torch.stack([t[:, 0], *(t[:, window].mean(1) for window in windows)], 1)
                 for t in (keys, hidden)
             )
-            pieces.append(oracle.project(query[:, 0], keys, hidden))
+            pieces.append(oracle.project(query[:, :1], keys, hidden))
         return torch.cat(pieces)
 
 

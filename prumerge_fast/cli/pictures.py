@@ -118,11 +118,13 @@ def look(
     check_pixels(given[loaded.adapter.pixels[modality]], [name], modality)
     adapter, model = loaded.adapter.reading_once(), loaded.model
     with torch.inference_mode():
-        views = adapter.views(model, modality, given)
+        every_query = any(config.scoring().received for config in configs.values())
+        views = adapter.views(model, modality, given, every_query)
         encoded = {
             policy: adapter.encode(model, given, config, backend)[modality]
             for policy, config in configs.items()
         }
+    heads = adapter.num_heads(model, modality)
     processor = getattr(loaded.processor, f"{modality}_processor")
     mean, std = (
         torch.tensor(v)[:, None, None] for v in (processor.image_mean, processor.image_std)
@@ -131,7 +133,7 @@ def look(
     images = pixels.round().byte().permute(0, 2, 3, 1).numpy()
     return Seen(
         [
-            _view(Image.fromarray(image), views, number, configs, backend)
+            _view(Image.fromarray(image), views, number, configs, backend, heads)
             for number, image in enumerate(images)
         ],
         views.grids[0] if views.grids else None,
@@ -147,19 +149,23 @@ def _view(
     number: int,
     configs: Mapping[str, PruMergeConfig],
     backend: str,
+    heads: int,
 ) -> View:
     patches = views.valid[number].nonzero()[:, 0]  # [n]
     rows = torch.nn.functional.pad(patches + 1, (1, 0)).to(views.hidden.device)  # [1+n]
     keys, hidden = views.keys[number, rows], views.hidden[number, rows]  # [1+n, C]
+    query = views.query[number]  # [C] or [1+N, C]
+    query = query if query.ndim == 1 else query[rows]
     attention = torch.zeros(views.valid.shape[1])  # [N]
     kept: dict[str, list[int]] = {policy: [] for policy in configs}
     if len(patches):
         for policy, config in configs.items():
             merged = prune_merge(
-                views.query[number, None],
+                query[None],
                 keys[None],
                 hidden[None],
                 within_budget(config, len(patches)),
+                num_heads=heads,
                 backend=backend,
             )
             attention[patches] = merged.attention[0].float().cpu()

@@ -36,7 +36,7 @@ class Views(NamedTuple):
     """What is pruned each on its own, as the tower read it: K images, crops or frames.
 
     Args:
-        query: [K, C] of the class token.
+        query: [K, C] of the class token, or [K, 1+n, C] of all patches.
         keys: [K, 1+n, C], the class token's first.
         hidden: [K, 1+n, S * C].
         valid: [K, n] bool; False for patches in the padding around an image, which take no part.
@@ -142,12 +142,26 @@ class Adapter(BaseAdapter):
 
     @abstractmethod
     def read(
-        self, model: Any, modality: str, pixel_values: Tensor, images: Mapping[str, Any]
+        self,
+        model: Any,
+        modality: str,
+        pixel_values: Tensor,
+        images: Mapping[str, Any],
+        every_query: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The arguments of `prune_merge` for K images, crops or frames [K, 3, height, width]."""
+        """The arguments of `prune_merge` for K images, crops or frames [K, 3, height, width].
+
+        Queries are those of the class token alone, or those of all patches (`every_query`).
+        """
 
     @abstractmethod
-    def views(self, model: Any, modality: str, images: Mapping[str, Any]) -> Views:
+    def num_heads(self, model: Any, modality: str) -> int:
+        """Heads of the layer that queries and keys are of."""
+
+    @abstractmethod
+    def views(
+        self, model: Any, modality: str, images: Mapping[str, Any], every_query: bool = False
+    ) -> Views:
         """What is pruned each on its own of these images or videos."""
 
     def reading_once(self, reduce: Callable[..., MergedTokens] | None = None) -> Adapter:
@@ -156,12 +170,15 @@ class Adapter(BaseAdapter):
         Args:
             reduce: What reduces patches in it; `None`: as here.
         """
-        other, found = copy.copy(self), dict[str, tuple[Tensor, Tensor, Tensor]]()
+        other, found = copy.copy(self), dict[tuple[str, bool], tuple[Tensor, Tensor, Tensor]]()
 
-        def read(model: Any, modality: str, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
-            if modality not in found:
-                found[modality] = self.read(model, modality, *given)
-            return found[modality]
+        def read(
+            model: Any, modality: str, pixels: Tensor, images: Any, every_query: bool
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            key = modality, every_query
+            if key not in found:
+                found[key] = self.read(model, modality, pixels, images, every_query)
+            return found[key]
 
         other.read = read  # type: ignore[method-assign, assignment]
         if reduce is not None:

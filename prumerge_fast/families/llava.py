@@ -16,7 +16,13 @@ from prumerge_fast.families.base import Adapter, ImageTokens, Views, inner_model
 from prumerge_fast.reduction.config import PruMergeConfig
 from prumerge_fast.reduction.output import MergedTokens
 from prumerge_fast.reduction.padding import within_budget
-from prumerge_fast.towers.clip import check_tower, num_patches, query_keys_hidden, reading_layer
+from prumerge_fast.towers.clip import (
+    check_tower,
+    num_heads,
+    num_patches,
+    query_keys_hidden,
+    reading_layer,
+)
 from prumerge_fast.towers.wrappers import PARALLEL_WRAPPERS, class_names
 from prumerge_fast.versions import configured_feature_layer
 
@@ -67,10 +73,18 @@ class LlavaAdapter(Adapter):
     def query_keys_hidden(
         self, model: Any, images: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return self.read(model, "image", stacked(images["pixel_values"]), images)
+        return self.read(model, "image", stacked(images["pixel_values"]), images, False)
+
+    def num_heads(self, model: Any, modality: str) -> int:
+        return num_heads(self.tower(model, modality))
 
     def read(
-        self, model: Any, modality: str, pixel_values: Tensor, images: Mapping[str, Any]
+        self,
+        model: Any,
+        modality: str,
+        pixel_values: Tensor,
+        images: Mapping[str, Any],
+        every_query: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`towers.clip.query_keys_hidden` of pixels [B, 3, height, width], as the arguments ask."""
         strategy = images.get("vision_feature_select_strategy")
@@ -84,6 +98,7 @@ class LlavaAdapter(Adapter):
             pixel_values,
             layer,
             interpolate_pos_encoding=bool(images.get("interpolate_pos_encoding")),
+            every_query=every_query,
         )
 
     def encode(
@@ -121,8 +136,9 @@ class LlavaAdapter(Adapter):
             count = len(pictures)
         else:
             pictures, count = video_frames(pixels), len(pixels)  # [V * F, 3, H, W]
-        inputs = self.read(model, modality, pictures, images)
-        merged = self.merge(modality, *inputs, config, backend)
+        inputs = self.read(model, modality, pictures, images, config.scoring().received)
+        heads = self.num_heads(model, modality)
+        merged = self.merge(modality, *inputs, config, backend, heads)
         tokens, _ = merged.packed()  # [sum of lengths, C]
         features = inner_model(model).multi_modal_projector(tokens)  # [sum of lengths, D]
         lengths = merged.lengths.view(count, -1).sum(1).tolist()
@@ -137,19 +153,22 @@ class LlavaAdapter(Adapter):
         hidden: Tensor,
         config: PruMergeConfig,
         backend: str,
+        heads: int,
     ) -> MergedTokens:
         """`prune_merge` of what `read` returned; of fewer patches than `keep`, all are kept."""
         config = within_budget(config, keys.shape[1] - 1)
-        return self.reduce(query, keys, hidden, config, backend=backend)
+        return self.reduce(query, keys, hidden, config, num_heads=heads, backend=backend)
 
     def placeholders(self, modality: str, patches: int) -> int:
         """Placeholders in the caller's prompt of an image or a frame with so many patches."""
         return patches
 
-    def views(self, model: Any, modality: str, images: Mapping[str, Any]) -> Views:
+    def views(
+        self, model: Any, modality: str, images: Mapping[str, Any], every_query: bool = False
+    ) -> Views:
         given = images[self.pixels[modality]]
         pixels = stacked(given) if modality == "image" else video_frames(given)  # [K, 3, H, W]
-        query, keys, hidden = self.read(model, modality, pixels, images)
+        query, keys, hidden = self.read(model, modality, pixels, images, every_query)
         valid = torch.ones(hidden.shape[0], hidden.shape[1] - 1, dtype=torch.bool)  # [K, n]
         return Views(query, keys, hidden, valid, pixels)
 

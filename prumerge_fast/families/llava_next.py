@@ -12,6 +12,7 @@ none, as in the model.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,7 +36,12 @@ class LlavaNextAdapter(LlavaAdapter):
     """As LLaVA, with `image_newline`."""
 
     def read(
-        self, model: Any, modality: str, pixel_values: Tensor, images: Mapping[str, Any]
+        self,
+        model: Any,
+        modality: str,
+        pixel_values: Tensor,
+        images: Mapping[str, Any],
+        every_query: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         side = model.config.vision_config.image_size
         if images.get("interpolate_pos_encoding") and pixel_values.shape[-2:] != (side, side):
@@ -44,7 +50,7 @@ class LlavaNextAdapter(LlavaAdapter):
                 "whose patches the model lays out in grids of that size, got "
                 + " x ".join(map(str, pixel_values.shape[-2:]))
             )
-        return super().read(model, modality, pixel_values, images)
+        return super().read(model, modality, pixel_values, images, every_query)
 
     def query_keys_hidden(
         self, model: Any, images: Mapping[str, Any]
@@ -52,7 +58,7 @@ class LlavaNextAdapter(LlavaAdapter):
         """Of every crop; of images [B, crops, 3, height, width], crops that only pad among them."""
         pixel_values = images["pixel_values"]
         crops = pixel_values.flatten(0, 1) if pixel_values.ndim == 5 else pixel_values
-        return self.read(model, "image", crops, images)
+        return self.read(model, "image", crops, images, False)
 
     def encode_pixels(
         self,
@@ -65,20 +71,24 @@ class LlavaNextAdapter(LlavaAdapter):
         if modality != "image":
             return super().encode_pixels(model, modality, images, config, backend)
         crops, layout = self._cut(model, images)
-        query, keys, hidden = self.read(model, "image", crops, images)
-        rows = prune_crops(query, keys, hidden, layout, config, backend, self.reduce)
+        inputs = self.read(model, "image", crops, images, config.scoring().received)
+        reduce = functools.partial(self.reduce, num_heads=self.num_heads(model, "image"))
+        rows = prune_crops(*inputs, layout, config, backend, reduce)
 
         features = inner_model(model).multi_modal_projector(rows.tokens)  # [R, D]
         features, lengths = with_newlines(features, _newline(model), rows, layout, config.order)
         return ImageTokens(features, lengths, [len(places) for places in layout.images])
 
-    def views(self, model: Any, modality: str, images: Mapping[str, Any]) -> Views:
+    def views(
+        self, model: Any, modality: str, images: Mapping[str, Any], every_query: bool = False
+    ) -> Views:
         """Of images: all overviews and crops, but for those that only pad a batch."""
         if modality != "image":
-            return super().views(model, modality, images)
+            return super().views(model, modality, images, every_query)
         crops, layout = self._cut(model, images)
         grids = [crop_grid(model.config, size) for size in images["image_sizes"]]
-        return Views(*self.read(model, "image", crops, images), layout.is_read, crops, grids)
+        inputs = self.read(model, "image", crops, images, every_query)
+        return Views(*inputs, layout.is_read, crops, grids)
 
     def _cut(self, model: Any, images: Mapping[str, Any]) -> tuple[Tensor, CropLayout]:
         """The crops [K, 3, H, W] of all images, and where the model reads their patches."""

@@ -28,10 +28,20 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
         return inner_model(model).vision_resampler
 
     def read(
-        self, model: Any, modality: str, pixel_values: Tensor, images: Mapping[str, Any]
+        self,
+        model: Any,
+        modality: str,
+        pixel_values: Tensor,
+        images: Mapping[str, Any],
+        every_query: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Of frames after pooling: keys and hidden [V * F, 1+n, C]."""
-        query, keys, hidden = super().read(model, modality, pixel_values, images)
+        if modality == "video" and every_query:
+            raise ValueError(
+                "scores: expected 'auto' or 'class' for videos of LLaVA-NeXT-Video, whose patches "
+                "are pooled behind the tower, got 'received'"
+            )
+        query, keys, hidden = super().read(model, modality, pixel_values, images, every_query)
         if modality == "image":
             return query, keys, hidden
         pooled = self.pooling(model)(hidden[:, 1:]).to(hidden.dtype)  # [V * F, n, C]

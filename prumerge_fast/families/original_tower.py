@@ -12,7 +12,13 @@ from prumerge_fast.errors import UnsupportedModelError
 from prumerge_fast.families.arguments import named_arguments
 from prumerge_fast.families.base import BaseAdapter, Override
 from prumerge_fast.reduction.dispatch import prune_merge
-from prumerge_fast.towers.clip import check_class, check_tower, layer_index, query_keys_hidden
+from prumerge_fast.towers.clip import (
+    check_class,
+    check_tower,
+    layer_index,
+    num_heads,
+    query_keys_hidden,
+)
 
 
 class OriginalTowerAdapter(BaseAdapter):
@@ -46,7 +52,7 @@ class OriginalTowerAdapter(BaseAdapter):
         return model.device if model.is_loaded else torch.device("cpu")  # where loading puts it
 
     def query_keys_hidden(
-        self, model: Any, images: Mapping[str, Any]
+        self, model: Any, images: Mapping[str, Any], every_query: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         pixels, size = images["pixel_values"], model.config.image_size
         shape = (model.config.num_channels, size, size)
@@ -58,7 +64,10 @@ class OriginalTowerAdapter(BaseAdapter):
             )
         with torch.no_grad():  # as the tower's own forward
             return query_keys_hidden(
-                model.vision_tower, pixels.to(model.device, model.dtype), model.select_layer
+                model.vision_tower,
+                pixels.to(model.device, model.dtype),
+                model.select_layer,
+                every_query=every_query,
             )
 
     def overrides(self, model_class: type) -> Mapping[str, Override]:
@@ -77,9 +86,11 @@ def _forward(
     if listed and not images:
         return []
     pixels = torch.stack(images) if listed else images  # [B, 3, S, S]
-    inputs = adapter.query_keys_hidden(tower, {"pixel_values": pixels})
     state = tower.prumerge
-    merged = prune_merge(*inputs, state.config, backend=state.backend)
+    every_query = state.config.scoring().received
+    inputs = adapter.query_keys_hidden(tower, {"pixel_values": pixels}, every_query)
+    heads = num_heads(tower.vision_tower)
+    merged = prune_merge(*inputs, state.config, num_heads=heads, backend=state.backend)
     state.last_lengths = tuple(merged.lengths.tolist())
     features = [
         tokens[None].to(image.dtype) for tokens, image in zip(merged.split(), images, strict=True)

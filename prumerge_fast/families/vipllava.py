@@ -20,11 +20,16 @@ class VipLlavaAdapter(LlavaAdapter):
     image_arguments = (*LlavaAdapter.image_arguments, "vision_feature_layers")
 
     def read(
-        self, model: Any, modality: str, pixel_values: Tensor, images: Mapping[str, Any]
+        self,
+        model: Any,
+        modality: str,
+        pixel_values: Tensor,
+        images: Mapping[str, Any],
+        every_query: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if images.get("vision_feature_layers") is not None:
             images = {**images, "vision_feature_layer": images["vision_feature_layers"]}
-        return super().read(model, modality, pixel_values, images)
+        return super().read(model, modality, pixel_values, images, every_query)
 
 
 ADAPTER = VipLlavaAdapter()

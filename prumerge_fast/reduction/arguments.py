@@ -33,3 +33,17 @@ def check_device(tensors: dict[str, Tensor], keys: Tensor) -> None:
             raise ValueError(
                 f"{name}: expected the device of keys, {keys.device}, got {tensor.device}"
             )
+
+
+def check_num_heads(num_heads: int | None, channels: int) -> int:
+    """The number of heads, or an error unless it divides the channels."""
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int):
+        if num_heads is None:
+            raise ValueError("num_heads: expected the layer's number of heads, got None")
+        raise TypeError(f"num_heads: expected an int, got {type(num_heads).__name__}")
+    if num_heads < 1 or channels % num_heads:
+        raise ValueError(
+            f"num_heads: expected a divisor of C = {channels}, the channels of keys, got "
+            f"{num_heads}"
+        )
+    return num_heads

@@ -5,17 +5,33 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 Variant = Literal["prumerge", "prumerge+"]
 Merge = Literal["sum", "average", "none"]
 Order = Literal["attention", "raster"]
+Scores = Literal["auto", "class", "received"]
+Heads = Literal["auto", "joint", "separate"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "variant": get_args(Variant),
     "merge": get_args(Merge),
     "order": get_args(Order),
+    "scores": get_args(Scores),
+    "heads": get_args(Heads),
 }
+
+
+class Scoring(NamedTuple):
+    """What scores the patches of a tower.
+
+    Args:
+        received: The attention that a patch receives from all patches, not that of the class token.
+        separate: The mean over the heads, not one head over the full width.
+    """
+
+    received: bool
+    separate: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +60,12 @@ class PruMergeConfig:
         order: Centres in the order in which they were chosen (`"attention"`: descending class
             attention, then the spatial tokens of `"prumerge+"` in raster order) or all of them
             by patch index (`"raster"`). The supplement is last either way.
+        scores: What says how much a patch matters: the attention that the class token pays to it
+            (`"class"`), or the mean of what it receives from all patches (`"received"`). `"auto"`:
+            the first, where the tower has a class token.
+        heads: `"joint"`: one head over the full width, as in the authors' code; `"separate"`: the
+            mean over the layer's own heads. `"auto"`: joint for the class token's attention,
+            separate for what is received.
 
     Raises:
         TypeError: An option has the wrong type.
@@ -57,6 +79,8 @@ class PruMergeConfig:
     merge: Merge = "sum"
     supplement: bool = True
     order: Order = "attention"
+    scores: Scores = "auto"
+    heads: Heads = "auto"
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -96,6 +120,21 @@ class PruMergeConfig:
         """
         budget = self.budget(num_patches)
         return (num_patches if budget is None else budget) + int(self.supplement)
+
+    def scoring(self, *, class_token: bool = True) -> Scoring:
+        """What scores the patches of a tower with or without a class token.
+
+        Raises:
+            ValueError: `scores="class"` without a class token.
+        """
+        if self.scores == "class" and not class_token:
+            raise ValueError(
+                "scores: expected 'auto' or 'received' for a vision tower without a class token, "
+                "got 'class'"
+            )
+        received = self.scores == "received" or not class_token
+        separate = self.heads == "separate" or (self.heads == "auto" and received)
+        return Scoring(received, separate)
 
     def replace(self, **fields: Any) -> PruMergeConfig:
         """A copy with some options changed.

@@ -6,13 +6,23 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from prumerge_fast.reduction.arguments import check_alike, check_device, check_types
+from prumerge_fast.reduction.arguments import (
+    check_alike,
+    check_device,
+    check_num_heads,
+    check_types,
+)
 from prumerge_fast.reduction.autocast import without_autocast
 from prumerge_fast.reduction.backends import resolve_backend
-from prumerge_fast.reduction.config import PruMergeConfig
+from prumerge_fast.reduction.config import PruMergeConfig, Scoring
 from prumerge_fast.reduction.output import MergedTokens
+from prumerge_fast.reduction.received import received_attention
 from prumerge_fast.reduction.reference import prune_merge_reference, reduce_tokens_reference
-from prumerge_fast.reduction.torch_backend import prune_merge_torch, reduce_tokens_torch
+from prumerge_fast.reduction.torch_backend import (
+    class_attention_by_head,
+    prune_merge_torch,
+    reduce_tokens_torch,
+)
 from prumerge_fast.reduction.triton_backend import prune_merge_triton, reduce_tokens_triton
 
 _DEFAULT_CONFIG = PruMergeConfig()
@@ -32,6 +42,7 @@ def prune_merge(
     hidden: Tensor,
     config: PruMergeConfig | None = None,
     *,
+    num_heads: int | None = None,
     backend: str = "auto",
 ) -> MergedTokens:
     """Reduce the patch tokens of B images (LLaVA-PruMerge, arXiv 2403.15388, Algorithm 1).
@@ -51,11 +62,13 @@ def prune_merge(
     may do so to every merged row of its image. A key that is zero has similarity 0 to all.
 
     Args:
-        query: [B, C] or [B, 1+N, C] (its row 0 is used); queries of the layer that reads `hidden`.
+        query: [B, C] or [B, 1+N, C]; queries of the layer that reads `hidden`. All rows are used
+            with `scores="received"`, else row 0.
         keys: [B, 1+N, C]; keys of that layer.
         hidden: [B, 1+N, C]; the features to reduce. Or [B, 1+N, S * C], several layers' side by
             side, as ViP-LLaVA has them.
         config: What to keep and how to merge; `None` for the defaults.
+        num_heads: The layer's heads; only where the config scores by separate heads.
         backend: `"auto"`, `"triton"`, `"torch"` or `"reference"`.
 
     All three tensors share one device and one dtype of float16, bfloat16, float32 or float64.
@@ -66,12 +79,16 @@ def prune_merge(
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
-        ValueError: Shapes or devices do not fit together, N is 0, `keep` is larger than N, or
-            there is no such backend.
+        ValueError: Shapes or devices do not fit together, N is 0, `keep` is larger than N, there
+            is no such backend, or what the config scores by needs `num_heads` or all queries.
         BackendUnavailableError: The backend was asked for by name and cannot run.
     """
     config = _checked(config)
     _check_tensors(query, keys, hidden)
+    scoring = config.scoring()
+    if scoring.received or scoring.separate:
+        attention = _attention(query, keys, scoring, num_heads, backend)
+        return reduce_tokens(attention, keys[:, 1:], hidden[:, 1:], config, backend=backend)
     resolved = resolve_backend(backend, keys.device, keys.dtype, keys.shape[1] - 1)
     implementation, _ = _IMPLEMENTATIONS[resolved.name]
     if query.ndim == 3:
@@ -142,6 +159,25 @@ def reduce_tokens(
     _, implementation = _IMPLEMENTATIONS[resolved.name]
     with without_autocast(keys.device.type):
         return implementation(attention, keys, hidden, config)
+
+
+def _attention(
+    query: Tensor, keys: Tensor, scoring: Scoring, num_heads: int | None, backend: str
+) -> Tensor:
+    """Scores [B, N] that are not the joint attention of the class token."""
+    heads = check_num_heads(num_heads, keys.shape[2]) if scoring.separate else 1
+    if scoring.received:
+        if query.ndim != 3:
+            raise ValueError(
+                "query: expected those of all patches, shape "
+                f"{list(keys.shape)}, for scores='received', got {list(query.shape)}"
+            )
+        return received_attention(query, keys, num_heads=heads, class_token=True, backend=backend)
+    resolve_backend(backend, keys.device, keys.dtype, keys.shape[1] - 1)  # raises
+    if query.ndim == 3:
+        query = query[:, 0]  # [B, C]
+    with without_autocast(keys.device.type):
+        return class_attention_by_head(query, keys, heads)
 
 
 def _checked(config: PruMergeConfig | None) -> PruMergeConfig:

@@ -17,8 +17,7 @@ class MergedTokens:
         lengths: [B] int32, rows of each image that count (centres, then the supplement).
         kept: [B, capacity] int32, patch index (0 .. N-1) of each row; -1 for the supplement and
             for padding.
-        attention: [B, N], class attention of every patch token; float32 (float64 for float64
-            input).
+        attention: [B, N], the score of every patch token; float32 (float64 for float64 input).
     """
 
     tokens: Tensor

@@ -26,7 +26,7 @@ def prune_merge_unpadded(
     A `keep` of more than an image's valid patches keeps them all; a share is one of them.
 
     Args:
-        query: [B, C].
+        query: [B, C] or [B, 1+N, C].
         keys: [B, 1+N, C].
         hidden: [B, 1+N, S * C].
         valid: [B, N] bool, on any device; False for padding.
@@ -47,7 +47,7 @@ def prune_merge_unpadded(
         rows = torch.nn.functional.pad(patches + 1, (1, 0)).to(hidden.device)  # [b, 1+n]
         chosen = images.to(hidden.device)  # [b]
         merged = reduce(
-            query[chosen],
+            query[chosen] if query.ndim == 2 else query[chosen[:, None], rows],
             keys[chosen[:, None], rows],  # [b, 1+n, C]
             hidden[chosen[:, None], rows],  # [b, 1+n, C]
             within_budget(config, count),

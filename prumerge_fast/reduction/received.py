@@ -6,7 +6,12 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from prumerge_fast.reduction.arguments import check_alike, check_device, check_types
+from prumerge_fast.reduction.arguments import (
+    check_alike,
+    check_device,
+    check_num_heads,
+    check_types,
+)
 from prumerge_fast.reduction.autocast import without_autocast
 from prumerge_fast.reduction.backends import resolve_backend
 from prumerge_fast.reduction.received_torch import received_attention_torch
@@ -59,8 +64,6 @@ def received_attention(
     """
     tensors = {"query": query, "keys": keys}
     check_types(tensors)
-    if isinstance(num_heads, bool) or not isinstance(num_heads, int):
-        raise TypeError(f"num_heads: expected an int, got {type(num_heads).__name__}")
     if not isinstance(class_token, bool):
         raise TypeError(f"class_token: expected True or False, got {type(class_token).__name__}")
     least = 1 + class_token
@@ -73,12 +76,7 @@ def received_attention(
         raise ValueError(
             f"query: expected the shape of keys, {list(keys.shape)}, got {list(query.shape)}"
         )
-    channels = keys.shape[2]
-    if num_heads < 1 or channels % num_heads:
-        raise ValueError(
-            f"num_heads: expected a divisor of C = {channels}, the channels of keys, got "
-            f"{num_heads}"
-        )
+    check_num_heads(num_heads, keys.shape[2])
     check_alike({"query": query}, keys)
     check_device({"query": query}, keys)
     resolved = resolve_backend(backend, keys.device, keys.dtype)

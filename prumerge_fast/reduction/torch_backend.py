@@ -86,6 +86,21 @@ def reduce_tokens_torch(
     return MergedTokens(merged.to(hidden.dtype), lengths.int(), kept.int(), attention)
 
 
+def class_attention_by_head(query: Tensor, keys: Tensor, num_heads: int) -> Tensor:
+    """Mean over the heads of the class token's attention: query [B, C], keys [B, 1+N, C] -> [B, N].
+
+    In float32, or float64 for float64 input.
+    """
+    compute = torch.promote_types(keys.dtype, torch.float32)
+    heads = torch.stack(
+        [
+            class_attention(q.to(compute), k.to(compute))  # [B, N]
+            for q, k in zip(query.chunk(num_heads, 1), keys.chunk(num_heads, 2), strict=True)
+        ]
+    )
+    return heads.mean(0)
+
+
 def class_attention(query: Tensor, keys: Tensor) -> Tensor:
     """Step 1: query [B, C], keys [B, 1+N, C] -> [B, N]."""
     # This way round: keys @ query is eight times slower on a CPU for many images.

@@ -57,6 +57,11 @@ def num_patches(tower: Any) -> int:
     return _transformer(tower).embeddings.num_patches
 
 
+def num_heads(tower: Any) -> int:
+    """Heads of each encoder layer."""
+    return _transformer(tower).config.num_attention_heads
+
+
 def reading_layer(tower: Any, feature_layer: object) -> int:
     """Index of the encoder layer that reads `hidden_states[feature_layer]`.
 
@@ -107,6 +112,7 @@ def query_keys_hidden(
     feature_layer: int | Sequence[int],
     *,
     interpolate_pos_encoding: bool = False,
+    every_query: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Features of the images, and the query and keys that PruMerge scores them with.
 
@@ -119,12 +125,13 @@ def query_keys_hidden(
         feature_layer: See `reading_layer`.
         interpolate_pos_encoding: Take pixels of another size than the tower's, as the tower's own
             `forward` does; N follows from them.
+        every_query: Those of the patches too.
 
     Returns:
-        query [B, C] of the class token, keys [B, 1+N, C], and hidden [B, 1+N, C], which equals
-        `hidden_states[feature_layer]` of the tower; all in the dtype of hidden. With S feature
-        layers, hidden [B, 1+N, S * C] has them side by side in the order given, and query and
-        keys are those of the layer that reads the deepest.
+        query [B, C] of the class token, or [B, 1+N, C] with `every_query`; keys [B, 1+N, C]; and
+        hidden [B, 1+N, C], which equals `hidden_states[feature_layer]` of the tower; all in the
+        dtype of hidden. With S feature layers, hidden [B, 1+N, S * C] has them side by side in the
+        order given, and query and keys are those of the layer that reads the deepest.
 
     Raises:
         UnsupportedModelError: No layer reads `feature_layer`, or the tower's weights are offloaded
@@ -144,7 +151,8 @@ def query_keys_hidden(
         reader = _transformer(tower).encoder.layers[deepest]
         normed = reader.layer_norm1(states[deepest])  # [B, 1+N, C]
         keys = reader.self_attn.k_proj(normed)  # [B, 1+N, C]
-        query = reader.self_attn.q_proj(normed[:, 0])  # [B, C]
+        asking = normed if every_query else normed[:, 0]
+        query = reader.self_attn.q_proj(asking)  # [B, C] or [B, 1+N, C]
     hidden = torch.cat([states[index] for index in indices], dim=-1)  # [B, 1+N, S * C]
     # Under autocast, projections come out in half precision and the residual stream does not.
     return query.to(hidden), keys.to(hidden), hidden

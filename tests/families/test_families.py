@@ -52,6 +52,7 @@ CONFIGS = {
     "raster": PruMergeConfig(order="raster", neighbours=3),
     "plus": PruMergeConfig("prumerge+"),
     "budget": PruMergeConfig(keep=5, merge="average"),
+    "heads": PruMergeConfig(heads="separate"),
     "more tokens than placeholders": PruMergeConfig(keep=1.0),
     "no tokens": PruMergeConfig(fence=1e6, supplement=False),
     "no tokens in rows": PruMergeConfig(fence=1e6, supplement=False, order="raster"),
@@ -580,6 +581,26 @@ def test_one_flat_colour(
         expected = oracle.logits(parts, None)[oracle.rows(parts)]
         close(row[-len(expected) :], expected)
     assert model.generate(**inputs, max_new_tokens=2).shape[0] == len(inputs["input_ids"])
+
+
+@pytest.mark.parametrize("heads", ["auto", "joint"])
+@torch.no_grad()
+def test_attention_that_patches_receive(family: Family, plain: Any, model: Any, heads: str) -> None:
+    """Flat, so that a fence keeps little."""
+    config = PruMergeConfig(keep=6, scores="received", heads=heads)
+    patch(model, config)
+    prompts = family.prompts()
+    if family.model_name == "LlavaNextVideo":  # frames are pooled: their scores are not defined yet
+        videos = [parts for parts in prompts if family.pictures([parts], "video")]
+        with pytest.raises(ValueError, match="scores: expected 'auto' or 'class' for videos"):
+            model(**family.inputs(videos))
+        prompts = [parts for parts in prompts if parts not in videos]
+    inputs, oracle = family.inputs(prompts), FamilyOracle(family, plain, config)
+    for row, parts in zip(model(**inputs).logits, prompts, strict=True):
+        expected = oracle.logits(parts, None)[oracle.rows(parts)]
+        close(row[-len(expected) :], expected)
+    by_class = patch(model, scores="class")(**inputs).logits
+    assert not torch.allclose(by_class, patch(model, scores="received")(**inputs).logits)
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])

@@ -101,7 +101,13 @@ def llava_next(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "setting",
-    [{"keep": 32}, {"variant": "prumerge+", "keep": 0.1}, {"keep": 40, "supplement": False}],
+    [
+        {"keep": 32},
+        {"variant": "prumerge+", "keep": 0.1},
+        {"keep": 40, "supplement": False},
+        {"keep": 32, "scores": "received"},
+        {"keep": 32, "heads": "separate"},
+    ],
 )
 def test_llava_next_of_many_shapes(
     llava_next: Path, prompts: list[Prompt], setting: dict[str, Any]

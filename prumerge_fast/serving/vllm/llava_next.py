@@ -12,7 +12,6 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from prumerge_fast.families.crops import crop_counts, crop_layout, prune_crops, with_newlines
 from prumerge_fast.reduction.config import PruMergeConfig
-from prumerge_fast.reduction.dispatch import prune_merge
 from prumerge_fast.reduction.padding import within_budget
 from prumerge_fast.serving.vllm.checks import num_patches
 from prumerge_fast.serving.vllm.embeddings import CheckedEmbeddings, EmbeddingsOfAnyLength
@@ -76,7 +75,7 @@ class PruMergeLlavaNext(PrunedModel, EmbeddingsOfAnyLength, base.LlavaNextForCon
     ) -> list[Tensor]:
         """The tokens [n, D] of each image, from the crops [K, 3, H, W] of all."""
         layout = crop_layout(self.config, counts, sizes, num_patches(self.config))
-        rows = prune_crops(*self.read(crops), layout, config, "auto", prune_merge)
+        rows = prune_crops(*self.read(crops), layout, config, "auto", self.reduce)
         projected = self.multi_modal_projector(rows.tokens)  # [R, D]
         features, lengths = with_newlines(projected, self.image_newline, rows, layout, config.order)
         return list(features.split(lengths))

@@ -10,6 +10,8 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.models.utils import StageMissingLayer, WeightsMapper, maybe_prefix
 
+from prumerge_fast.reduction.dispatch import prune_merge
+from prumerge_fast.reduction.output import MergedTokens
 from prumerge_fast.serving.vllm.checks import num_patches, reading_layer
 from prumerge_fast.serving.vllm.settings import settings
 
@@ -47,11 +49,12 @@ class Reader(nn.Module):
             }
         )
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """The class token's query [B, C] and the keys [B, 1+N, C] of features [B, 1+N, C]."""
+    def forward(self, hidden: Tensor, every_query: bool) -> tuple[Tensor, Tensor]:
+        """Of features [B, 1+N, C], the class token's query [B, C], or those of all patches
+        [B, 1+N, C], and the keys [B, 1+N, C]."""
         normed = self.layer_norm1(hidden)  # [B, 1+N, C]
         keys, _ = self.self_attn["k_proj"](normed)
-        query, _ = self.self_attn["q_proj"](normed[:, 0])
+        query, _ = self.self_attn["q_proj"](normed if every_query else normed[:, 0])
         return query, keys
 
 
@@ -98,8 +101,14 @@ class PrunedModel:
 
     def read(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The arguments of `prune_merge` for images or crops [K, 3, H, W]."""
+        every_query = self.prumerge is not None and self.prumerge.scoring().received
         hidden = self.vision_tower(pixel_values, feature_select_strategy="full")  # [K, 1+N, C]
-        return *getattr(self.vision_tower, _READER)(hidden), hidden
+        return *getattr(self.vision_tower, _READER)(hidden, every_query), hidden
+
+    def reduce(self, *inputs: Any, **options: Any) -> MergedTokens:
+        """`prune_merge`, told how many heads the tower has."""
+        heads = self.config.vision_config.num_attention_heads
+        return prune_merge(*inputs, num_heads=heads, **options)
 
     def batches(self, crops: Sequence[int]) -> Iterator[slice]:
         """Images that the tower sees at once, of which each has so many crops."""
