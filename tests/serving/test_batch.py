@@ -25,6 +25,7 @@ from ray.data.checkpoint.checkpoint_writer import CheckpointWriter
 from prumerge_fast.cli import main
 from prumerge_fast.demo import MODEL_DIR
 from prumerge_fast.demo.items import items_from_demo
+from prumerge_fast.errors import BackendUnavailableError, InputError
 from prumerge_fast.serving.batch import folder as batch_folder
 from prumerge_fast.serving.batch.folder import BatchFolder
 from prumerge_fast.serving.batch.rows import ANSWERS, question_id
@@ -201,6 +202,65 @@ def test_settings_of_a_run_without_answers_are_no_hindrance(tmp_path):
     assert json.loads((tmp_path / "out" / "settings.json").read_text())["keep"] == 2
 
 
+def test_settings_of_another_program_are_left_alone(tmp_path):
+    (tmp_path / "settings.json").write_text('{"format": "vi"}')
+    folder = BatchFolder(tmp_path)
+    with folder.taken(), pytest.raises(InputError, match="--output: expected settings of an earl"):
+        folder.check_settings({"keep": 1})
+    assert (tmp_path / "settings.json").read_text() == '{"format": "vi"}'
+
+
+def test_one_token_is_not_a_share_of_one(tmp_path):
+    """`--keep 1` and `--keep 1.0`, which Python takes for equal."""
+    folder = BatchFolder(tmp_path / "out")
+    with folder.taken():
+        folder.check_settings({"keep": 1})
+        written(folder, "uuid_000000", {"a": {"answer": "w"}})
+        folder.check_settings({"keep": 1})
+        with pytest.raises(InputError, match=r"with keep 1 instead of 1\.0"):
+            folder.check_settings({"keep": 1.0})
+
+
+def test_rows_that_are_gone_are_no_answers(tmp_path):
+    folder = BatchFolder(tmp_path)
+    written(folder, "uuid_000000", {"a": {"answer": "w"}})
+    (folder.answers / "uuid_000000-0.parquet").unlink()
+    with pytest.raises(InputError, match=r"uuid_000000\.parquet has, got no such file"):
+        folder.done()
+
+
+def test_rows_that_are_there_twice_are_refused(tmp_path):
+    """As a run leaves them that is killed and yet goes on writing for a moment."""
+    folder = BatchFolder(tmp_path)
+    written(folder, "uuid_000000", {"a": {"answer": "w"}, "b": {"answer": "w"}})
+    written(folder, "uuid_000001", {"b": {"answer": "w"}})
+    with pytest.raises(InputError, match="expected one row of each question, got 3 of 2 questions"):
+        folder.rows()
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("s3://bucket/captions", "expected a folder on a file system, got s3:/bucket/captions"),
+        ("what?", "expected a path without ?, line ends and tabs, which Ray can write to"),
+        ("two\nlines", "expected a path without ?, line ends and tabs, which Ray can write to"),
+        ("\udcff", "--output: expected Unicode text"),
+    ],
+)
+def test_an_output_that_ray_cannot_write_to(tmp_path, monkeypatch, name, says):
+    """It would write elsewhere, or nothing."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as refused, BatchFolder(Path(name)).taken():
+        pass
+    assert says in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_fails_in_a_run_is_not_blamed_on_its_folder(tmp_path):
+    with pytest.raises(PermissionError), BatchFolder(tmp_path).taken():
+        raise PermissionError(13, "Permission denied", "model.safetensors")
+
+
 def test_two_runs_at_once_are_refused(address, folder, pictures, capfd, tmp_path):
     given = command(folder, pictures, tmp_path / "out", "--prompt", PROMPT, "--address", address)
     with BatchFolder(tmp_path / "out").taken():
@@ -310,7 +370,6 @@ def test_a_parquet_manifest(pictures, tmp_path):
     ],
 )
 def test_bad_manifests(tmp_path, content, prompts, says):
-    from prumerge_fast.errors import InputError
     from prumerge_fast.serving.batch.questions import read_questions
 
     (tmp_path / "all.jsonl").write_text(content)
@@ -356,6 +415,17 @@ def written(folder, name, rows):
     writer.commit_checkpoint(pending)
 
 
+def test_errors_of_other_questions_are_not_forgotten(tmp_path):
+    """A run about other pictures would not ask them again: their rows would be lost."""
+    folder = BatchFolder(tmp_path)
+    bad = {"error": "e"}
+    written(folder, "uuid_000000", {"a": {"answer": "w"}, "b": bad, "c": bad})
+    assert folder.forget_errors(pa.array(["b", "d"])) == 1
+    cleaned(folder)
+    assert folder.rows()["id"].to_pylist() == ["a", "c"]
+    assert folder.forget_errors(pa.array(["b", "d"])) == 0
+
+
 def cleaned(folder):
     """What Ray does first when it goes on: it takes back what is pending."""
     config = folder.checkpoint_config()
@@ -390,7 +460,7 @@ def test_forgetting_errors_is_safe_at_every_step(tmp_path, monkeypatch, calls):
         writer = batch_folder.CheckpointWriter.create(folder.checkpoint_config())
         patch.setattr(type(writer), "commit_checkpoint", stopping(type(writer).commit_checkpoint))
         try:
-            asked_again = folder.forget_errors()
+            asked_again = folder.forget_errors(pa.array(["a", "b", "c", "d", "e"]))
         except KeyboardInterrupt:
             asked_again = None
     cleaned(folder)

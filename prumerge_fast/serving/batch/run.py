@@ -56,7 +56,7 @@ def run(options: BatchOptions, remark: Callable[[str], None]) -> dict[str, Any]:
         running(options, folder.path) as actors,
     ):
         folder.check_settings(_settings(options, described, actors))
-        retried = folder.forget_errors() if options.retry_errors else 0
+        retried = folder.forget_errors(questions[ID]) if options.retry_errors else 0
         missing = _missing(questions, folder)
         start = time.perf_counter()
         if len(missing) or folder.has_pending():
