@@ -342,6 +342,44 @@ def test_a_manifest_and_its_mended_pictures(address, folder, pictures, capfd, tm
     assert len({row["answer"] for row in answers.values() if row["prompt"] == PROMPT}) == 1
 
 
+def asked_of(images, cwd, monkeypatch):
+    from prumerge_fast.serving.batch.questions import read_questions
+
+    monkeypatch.chdir(cwd)
+    return read_questions(Path(images), ["a"], None)
+
+
+def test_a_picture_is_the_same_from_everywhere(pictures, tmp_path, monkeypatch):
+    """However the path is written, so that nothing is asked once more, nor twice."""
+    (tmp_path / "link").symlink_to(pictures)
+    ways = [
+        asked_of(pictures, tmp_path, monkeypatch),
+        asked_of("link", tmp_path, monkeypatch),
+        asked_of("part0/..", pictures, monkeypatch),
+        asked_of(f"../{pictures.name}", pictures, monkeypatch),
+    ]
+    ids = [sorted(table["id"].to_pylist()) for table, _ in ways]
+    assert len(ids[0]) == 200
+    assert ids == [ids[0]] * 4
+
+
+def test_names_that_are_no_unicode(pictures, tmp_path, monkeypatch):
+    """They can be opened; what is written of them is their bytes."""
+    from prumerge_fast.serving.batch.questions import read_questions
+    from prumerge_fast.serving.batch.rows import answers_table
+
+    try:
+        shutil.copy(pictures / "part0" / "000.png", tmp_path / os.fsdecode(b"\xff.png"))
+    except OSError:
+        pytest.skip("a file system of Unicode names")
+    table, _ = read_questions(tmp_path, ["a"], None)
+    (row,) = table.to_pylist()
+    assert row["image"] == f"{tmp_path}/\\udcff.png"
+    assert Image.open(os.fsdecode(row["path"])).size == (30, 30)
+    rows = answers_table(table, [{"error": f"expected a file, got {os.fsdecode(row['path'])}"}])
+    assert rows["error"][0].as_py().endswith("\\udcff.png")
+
+
 def test_a_parquet_manifest(pictures, tmp_path):
     from prumerge_fast.serving.batch.questions import read_questions
 
@@ -350,7 +388,7 @@ def test_a_parquet_manifest(pictures, tmp_path):
     table, remarks = read_questions(manifest, ["b", "c"], pictures / "part0")
     asked = list(zip(table["image"].to_pylist(), table["prompt"].to_pylist(), strict=True))
     assert asked == [("000.png", "a"), ("002.png", "b"), ("002.png", "c")]
-    assert table["path"][0].as_py() == str(pictures / "part0" / "000.png")
+    assert table["path"][0].as_py() == os.fsencode(pictures / "part0" / "000.png")
     assert table["id"][0].as_py() == question_id(str(pictures / "part0" / "000.png"), "a")
     assert remarks == []
 
@@ -361,11 +399,22 @@ def test_a_parquet_manifest(pictures, tmp_path):
         ("{", ["a"], "all.jsonl:1: expected one JSON object a line, got "),
         ("[]", ["a"], "all.jsonl:1: expected a JSON object, got list"),
         ('\n{"path": "a.png"}', ["a"], "all.jsonl:2: expected image to be a path, got None"),
+        ('{"image": "a\\u0000/b"}', ["a"], "expected image to be a path, got 'a\\x00/b'"),
         ('{"image": "a.png"}', [], "all.jsonl:1: expected a prompt, there or as --prompt, got no"),
         ('{"image": "a", "prompt": 3}', [], "all.jsonl:1: expected prompt to be a str, got 3"),
         ('{"image": "a", "prompt": "", "text": ""}', [], ":1: expected prompt or text, got both"),
         ('{"image": "a", "prompt": "<image><image>"}', [], "expected at most one <image>"),
-        ('{"image": "\\ud800"}', ["a"], "IMAGES: expected Unicode text, got"),
+        ('{"image": "\\ud800"}', ["a"], "all.jsonl:1: image: expected Unicode text, got"),
+        (
+            f'{{"image": ["{"a" * 9999}"]}}',
+            ["a"],
+            "expected image to be a path, got ['aaaaaaaaaaaa...",
+        ),
+        (
+            f'{{"image": "a", "text": [{"1, " * 9999}1]}}',
+            [],
+            "be a str, got [1, 1, 1, 1, 1, 1, ...]",
+        ),
         ("\n", ["a"], "IMAGES: expected at least one picture, got "),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from prumerge_fast.harness.models import conversation, describe
 from prumerge_fast.harness.pictures import read_image
 from prumerge_fast.harness.prompts import framed
 from prumerge_fast.reduction.config import PruMergeConfig
+from prumerge_fast.serving.batch.rows import readable
 from prumerge_fast.serving.encoder import PruMergeEncoder
 
 EMBEDS = "embeds"  # bytes of [n, D]; null where the picture has an error
@@ -46,10 +48,10 @@ class EncodedPictures:
         errors: list[str | None] = []
         for path in questions["path"].to_pylist():
             try:
-                pictures.append(framed(self._asked_with, read_image(Path(path))))
+                pictures.append(framed(self._asked_with, read_image(Path(os.fsdecode(path)))))
                 errors.append(None)
             except PictureError as error:
-                errors.append(error.says)
+                errors.append(readable(error.says))
         encoded = iter(self._encoder.encode(pictures))
         embeds = [to_bytes(next(encoded)) if error is None else None for error in errors]
         table = questions.append_column(EMBEDS, pa.array(embeds, pa.large_binary()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class PatchedModel:
     def __call__(self, questions: pa.Table) -> pa.Table:
         """Answers as `rows.ANSWERS` to questions as `rows.QUESTIONS`."""
         items = [
-            items_from_images([Path(path)], [prompt])[0]
+            items_from_images([Path(os.fsdecode(path))], [prompt])[0]
             for path, prompt in zip(
                 questions["path"].to_pylist(), questions["prompt"].to_pylist(), strict=True
             )
