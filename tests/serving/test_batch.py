@@ -28,7 +28,7 @@ from prumerge_fast.demo.items import items_from_demo
 from prumerge_fast.errors import BackendUnavailableError, InputError
 from prumerge_fast.serving.batch import folder as batch_folder
 from prumerge_fast.serving.batch.folder import BatchFolder
-from prumerge_fast.serving.batch.rows import ANSWERS, question_id
+from prumerge_fast.serving.batch.rows import ANSWERS, QUESTIONS, question_id
 
 PROMPT = "what is this ?"
 COLUMNS = ["id", "image", "prompt", "answer", "error", "visual_tokens", "prompt_tokens"]
@@ -520,6 +520,85 @@ def test_forgetting_errors_is_safe_at_every_step(tmp_path, monkeypatch, calls):
     if calls == 99:
         assert asked_again == 2
         assert sorted(rows) == ["a", "c", "e"]
+
+
+def questions_about(paths):
+    rows = [
+        {"id": str(path), "image": path.name, "path": os.fsencode(path), "prompt": PROMPT}
+        for path in paths
+    ]
+    return pa.Table.from_pylist(rows, QUESTIONS)
+
+
+@pytest.fixture
+def actor(folder):
+    from prumerge_fast.reduction.config import PruMergeConfig
+    from prumerge_fast.serving.batch.patched_model import PatchedModel
+
+    loading = {"model": folder, "dtype": "float32", "device": "cpu"}
+    return PatchedModel(loading, PruMergeConfig(), "torch", 3)
+
+
+def test_a_batch_that_fails_is_asked_one_by_one(actor, pictures, monkeypatch):
+    """One of them fails alone, too: a row with its error."""
+    from prumerge_fast.serving.batch import patched_model
+
+    measure = patched_model.measure
+    paths = sorted((pictures / "part0").iterdir())[:4]
+    expected = actor(questions_about(paths)).to_pylist()
+    calls = []
+
+    def out_of_memory(model, inputs, *more, **options):
+        calls.append(len(inputs["input_ids"]))
+        if len(inputs["input_ids"]) > 1 or len(calls) == 3:
+            raise RuntimeError("CUDA out of memory.\nTried to allocate")
+        return measure(model, inputs, *more, **options)
+
+    monkeypatch.setattr(patched_model, "measure", out_of_memory)
+    rows = actor(questions_about(paths)).to_pylist()
+    assert calls == [4, 1, 1, 1, 1]
+    assert [rows[n] for n in (0, 2, 3)] == [expected[n] for n in (0, 2, 3)]
+    assert rows[1]["answer"] is None
+    says = "expected an answer, got RuntimeError (CUDA out of memory. Tried to allocate)"
+    assert rows[1]["error"] == says
+
+
+def test_what_fails_for_every_picture_ends_the_job(actor, pictures, monkeypatch):
+    from prumerge_fast.serving.batch import patched_model
+
+    def unavailable(*_, **__):
+        raise BackendUnavailableError("backend: expected ...")
+
+    monkeypatch.setattr(patched_model, "measure", unavailable)
+    with pytest.raises(BackendUnavailableError):
+        actor(questions_about(sorted((pictures / "part0").iterdir())[:4]))
+
+
+def test_a_batch_that_cannot_be_encoded_is_tried_one_by_one(folder, pictures, monkeypatch):
+    from prumerge_fast.reduction.config import PruMergeConfig
+    from prumerge_fast.serving.batch.encoded import EncodedPictures, from_bytes
+    from prumerge_fast.serving.encoder import PruMergeEncoder
+
+    stage = EncodedPictures(str(folder), PruMergeConfig(), None, {"device": "cpu"})
+    encode = PruMergeEncoder.encode
+    names = ("part0/000.png", "part1/017.png", "part0/002.png")
+    questions = questions_about([pictures / name for name in names])
+    calls = []
+
+    def out_of_memory(self, images):
+        calls.append(len(images))
+        if len(images) > 1 or len(calls) == 2:
+            raise RuntimeError("CUDA out of memory")
+        return encode(self, images)
+
+    monkeypatch.setattr(PruMergeEncoder, "encode", out_of_memory)
+    first, empty, last = stage(questions).to_pylist()
+    assert calls == [2, 1, 1]
+    assert (first["embeds"], empty["embeds"], last["picture_error"]) == (None, None, None)
+    alone = encode(stage._encoder, [Image.open(pictures / "part0" / "002.png")])[0]
+    assert from_bytes(last["embeds"], alone.shape[1], alone.dtype).equal(alone)
+    assert first["picture_error"] == "expected an answer, got RuntimeError (CUDA out of memory)"
+    assert "which is empty" in empty["picture_error"]
 
 
 def start(folder, pictures, output):
