@@ -301,6 +301,21 @@ def test_what_cannot_run_is_refused(address, folder, pictures, capfd, tmp_path, 
     assert says in refusal(capfd, *given, *more)
 
 
+def test_more_actors_than_questions(address, folder, pictures, tmp_path):
+    picture = pictures / "part0" / "000.png"
+    given = command(folder, picture, tmp_path / "o", "--prompt", PROMPT, "--address", address)
+    done = subprocess.run(
+        [sys.executable, "-m", "prumerge_fast", *given, "--actors", "2"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    every_row_once(tmp_path / "o", 1)
+
+
 def test_a_manifest_and_its_mended_pictures(address, folder, pictures, capfd, tmp_path):
     """Prompts of their own, one question twice, a missing picture; then it is there."""
     for number in range(6):

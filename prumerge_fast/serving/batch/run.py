@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -174,6 +175,7 @@ def _quiet() -> None:
         for handler in logging.getLogger(name).handlers:
             if isinstance(handler, logging.StreamHandler):
                 handler.setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", module="ray")  # such as of fewer blocks than actors
 
 
 def _as_input_error(error: Exception) -> PruMergeError:
