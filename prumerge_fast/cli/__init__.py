@@ -638,6 +638,15 @@ def _engine_kwargs(text: str | None, engine: Engine) -> dict[str, Any]:
         raise InputError(f"--engine-kwargs: expected a JSON object, got {text} ({error})") from None
     if not isinstance(found, dict):
         raise InputError(f"--engine-kwargs: expected a JSON object, got {text}")
+    for name in ("model", "dtype"):
+        if name in found:
+            raise InputError(f"--engine-kwargs: expected no {name}, which is --{name}, got {text}")
+    overrides = found.get("hf_overrides", {})
+    if not isinstance(overrides, dict) or "prumerge" in overrides:
+        raise InputError(
+            "--engine-kwargs: expected hf_overrides to be a JSON object without prumerge, which is "
+            f"--keep, --variant, --neighbours and --merge, got {text}"
+        )
     return found
 
 

@@ -73,7 +73,7 @@ def find_images(paths: Iterable[Path], *, argument: str = "--images", deep: bool
     Args:
         paths: Of files and folders.
         argument: Which gave them, for the error.
-        deep: The pictures in folders of a folder as well, but for hidden folders.
+        deep: The pictures in folders of a folder as well, but for hidden and linked folders.
 
     Raises:
         InputError: A path does not exist, or a folder holds no picture that can be read.
@@ -122,7 +122,7 @@ def _find(
 
 def _in_folder(folder: Path, suffixes: Mapping[str, str | None], deep: bool) -> Found:
     found = Found()
-    for path in _all_in(folder) if deep else sorted(folder.iterdir()):
+    for path in _all_in(folder, found) if deep else sorted(folder.iterdir()):
         suffix = path.suffix.lower()
         if suffix not in suffixes or _is_aside(path) or path.is_dir():
             continue
@@ -134,14 +134,20 @@ def _in_folder(folder: Path, suffixes: Mapping[str, str | None], deep: bool) -> 
     return found
 
 
-def _all_in(folder: Path) -> Iterator[Path]:
-    """The files of a folder and of those in it, by name, but for those of hidden folders."""
+def _all_in(folder: Path, found: Found) -> Iterator[Path]:
+    """The files of a folder and of those in it, by name, but for those of hidden folders.
+
+    Links to folders, which may lead back here, go to what was `found` to be skipped.
+    """
 
     def unreadable(error: OSError) -> None:
         raise error
 
     for parent, folders, names in os.walk(folder, onerror=unreadable):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        linked = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        if linked:
+            found.skipped.setdefault("a link to a folder", []).extend(linked)
         yield from (Path(parent, name) for name in sorted(names))
 
 

@@ -51,7 +51,9 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     return ", ".join(
         f"{key} {json.dumps(found.get(key))} instead of {json.dumps(expected.get(key))}"
         for key in {**expected, **found}
-        if found.get(key) != expected.get(key)
+        # As text: to Python 1 and 1.0 are equal, of which one is a number and one a share.
+        if json.dumps(found.get(key), sort_keys=True)
+        != json.dumps(expected.get(key), sort_keys=True)
     )
 
 

@@ -73,6 +73,15 @@ def test_output_is_required(capsys, photos):
         (["--engine-kwargs", "{}"], "expected --engine vllm beside it, got transformers"),
         (["--engine", "vllm", "--engine-kwargs", "{"], "expected a JSON object, got { ("),
         (["--engine", "vllm", "--engine-kwargs", "[1]"], "expected a JSON object, got [1]"),
+        *(
+            (["--engine", "vllm", "--engine-kwargs", given], f"--engine-kwargs: expected {says}")
+            for given, says in (
+                ('{"hf_overrides": 3}', "hf_overrides to be a JSON object without prumerge"),
+                ('{"hf_overrides": {"prumerge": {}}}', "hf_overrides to be a JSON object without"),
+                ('{"dtype": "float32"}', "no dtype, which is --dtype, got"),
+                ('{"model": "other"}', "no model, which is --model, got"),
+            )
+        ),
         (["--keep", "0"], "--keep: expected a whole number >= 1 (tokens) or a share"),
     ],
 )

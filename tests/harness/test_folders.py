@@ -103,3 +103,28 @@ def test_videos_of_phones_cameras_and_windows(folder):
     found = find_videos([folder])
     assert names(found) == taken
     assert found.remark() == "skipped: h.mp4 (no file, or a link to none)"
+
+
+def test_folders_in_folders(folder, picture):
+    (folder / "b" / "c").mkdir(parents=True)
+    (folder / ".hidden").mkdir()
+    for place in (folder, folder / "b", folder / "b" / "c", folder / ".hidden"):
+        fill(place, picture, "a.png")
+    found = find_images([folder], deep=True)
+    assert [str(path.relative_to(folder)) for path in found.files] == [
+        "a.png",
+        "b/a.png",
+        "b/c/a.png",
+    ]
+    assert found.remark() == ""
+    assert names(find_images([folder])) == ["a.png"]
+
+
+def test_links_to_folders_are_named(folder, picture):
+    """They may lead anywhere, and back: nothing in them is asked about."""
+    fill(folder, picture, "a.png")
+    (folder / "loop").symlink_to(folder)
+    (folder / "more").symlink_to(picture.parent)
+    found = find_images([folder], deep=True)
+    assert names(found) == ["a.png"]
+    assert found.remark() == "skipped: loop, more (a link to a folder)"

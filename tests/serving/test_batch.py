@@ -25,9 +25,10 @@ from ray.data.checkpoint.checkpoint_writer import CheckpointWriter
 from prumerge_fast.cli import main
 from prumerge_fast.demo import MODEL_DIR
 from prumerge_fast.demo.items import items_from_demo
+from prumerge_fast.errors import BackendUnavailableError, InputError
 from prumerge_fast.serving.batch import folder as batch_folder
 from prumerge_fast.serving.batch.folder import BatchFolder
-from prumerge_fast.serving.batch.rows import ANSWERS, question_id
+from prumerge_fast.serving.batch.rows import ANSWERS, QUESTIONS, question_id
 
 PROMPT = "what is this ?"
 COLUMNS = ["id", "image", "prompt", "answer", "error", "visual_tokens", "prompt_tokens"]
@@ -201,6 +202,65 @@ def test_settings_of_a_run_without_answers_are_no_hindrance(tmp_path):
     assert json.loads((tmp_path / "out" / "settings.json").read_text())["keep"] == 2
 
 
+def test_settings_of_another_program_are_left_alone(tmp_path):
+    (tmp_path / "settings.json").write_text('{"format": "vi"}')
+    folder = BatchFolder(tmp_path)
+    with folder.taken(), pytest.raises(InputError, match="--output: expected settings of an earl"):
+        folder.check_settings({"keep": 1})
+    assert (tmp_path / "settings.json").read_text() == '{"format": "vi"}'
+
+
+def test_one_token_is_not_a_share_of_one(tmp_path):
+    """`--keep 1` and `--keep 1.0`, which Python takes for equal."""
+    folder = BatchFolder(tmp_path / "out")
+    with folder.taken():
+        folder.check_settings({"keep": 1})
+        written(folder, "uuid_000000", {"a": {"answer": "w"}})
+        folder.check_settings({"keep": 1})
+        with pytest.raises(InputError, match=r"with keep 1 instead of 1\.0"):
+            folder.check_settings({"keep": 1.0})
+
+
+def test_rows_that_are_gone_are_no_answers(tmp_path):
+    folder = BatchFolder(tmp_path)
+    written(folder, "uuid_000000", {"a": {"answer": "w"}})
+    (folder.answers / "uuid_000000-0.parquet").unlink()
+    with pytest.raises(InputError, match=r"uuid_000000\.parquet has, got no such file"):
+        folder.done()
+
+
+def test_rows_that_are_there_twice_are_refused(tmp_path):
+    """As a run leaves them that is killed and yet goes on writing for a moment."""
+    folder = BatchFolder(tmp_path)
+    written(folder, "uuid_000000", {"a": {"answer": "w"}, "b": {"answer": "w"}})
+    written(folder, "uuid_000001", {"b": {"answer": "w"}})
+    with pytest.raises(InputError, match="expected one row of each question, got 3 of 2 questions"):
+        folder.rows()
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("s3://bucket/captions", "expected a folder on a file system, got s3:/bucket/captions"),
+        ("what?", "expected a path without ?, line ends and tabs, which Ray can write to"),
+        ("two\nlines", "expected a path without ?, line ends and tabs, which Ray can write to"),
+        ("\udcff", "--output: expected Unicode text"),
+    ],
+)
+def test_an_output_that_ray_cannot_write_to(tmp_path, monkeypatch, name, says):
+    """It would write elsewhere, or nothing."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as refused, BatchFolder(Path(name)).taken():
+        pass
+    assert says in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_fails_in_a_run_is_not_blamed_on_its_folder(tmp_path):
+    with pytest.raises(PermissionError), BatchFolder(tmp_path).taken():
+        raise PermissionError(13, "Permission denied", "model.safetensors")
+
+
 def test_two_runs_at_once_are_refused(address, folder, pictures, capfd, tmp_path):
     given = command(folder, pictures, tmp_path / "out", "--prompt", PROMPT, "--address", address)
     with BatchFolder(tmp_path / "out").taken():
@@ -239,6 +299,21 @@ def test_what_cannot_run_is_refused(address, folder, pictures, capfd, tmp_path, 
         pytest.importorskip("vllm")
     given = command(folder, pictures, tmp_path / "o", "--prompt", PROMPT, "--address", address)
     assert says in refusal(capfd, *given, *more)
+
+
+def test_more_actors_than_questions(address, folder, pictures, tmp_path):
+    picture = pictures / "part0" / "000.png"
+    given = command(folder, picture, tmp_path / "o", "--prompt", PROMPT, "--address", address)
+    done = subprocess.run(
+        [sys.executable, "-m", "prumerge_fast", *given, "--actors", "2"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    every_row_once(tmp_path / "o", 1)
 
 
 def test_a_manifest_and_its_mended_pictures(address, folder, pictures, capfd, tmp_path):
@@ -282,6 +357,44 @@ def test_a_manifest_and_its_mended_pictures(address, folder, pictures, capfd, tm
     assert len({row["answer"] for row in answers.values() if row["prompt"] == PROMPT}) == 1
 
 
+def asked_of(images, cwd, monkeypatch):
+    from prumerge_fast.serving.batch.questions import read_questions
+
+    monkeypatch.chdir(cwd)
+    return read_questions(Path(images), ["a"], None)
+
+
+def test_a_picture_is_the_same_from_everywhere(pictures, tmp_path, monkeypatch):
+    """However the path is written, so that nothing is asked once more, nor twice."""
+    (tmp_path / "link").symlink_to(pictures)
+    ways = [
+        asked_of(pictures, tmp_path, monkeypatch),
+        asked_of("link", tmp_path, monkeypatch),
+        asked_of("part0/..", pictures, monkeypatch),
+        asked_of(f"../{pictures.name}", pictures, monkeypatch),
+    ]
+    ids = [sorted(table["id"].to_pylist()) for table, _ in ways]
+    assert len(ids[0]) == 200
+    assert ids == [ids[0]] * 4
+
+
+def test_names_that_are_no_unicode(pictures, tmp_path, monkeypatch):
+    """They can be opened; what is written of them is their bytes."""
+    from prumerge_fast.serving.batch.questions import read_questions
+    from prumerge_fast.serving.batch.rows import answers_table
+
+    try:
+        shutil.copy(pictures / "part0" / "000.png", tmp_path / os.fsdecode(b"\xff.png"))
+    except OSError:
+        pytest.skip("a file system of Unicode names")
+    table, _ = read_questions(tmp_path, ["a"], None)
+    (row,) = table.to_pylist()
+    assert row["image"] == f"{tmp_path}/\\udcff.png"
+    assert Image.open(os.fsdecode(row["path"])).size == (30, 30)
+    rows = answers_table(table, [{"error": f"expected a file, got {os.fsdecode(row['path'])}"}])
+    assert rows["error"][0].as_py().endswith("\\udcff.png")
+
+
 def test_a_parquet_manifest(pictures, tmp_path):
     from prumerge_fast.serving.batch.questions import read_questions
 
@@ -290,7 +403,7 @@ def test_a_parquet_manifest(pictures, tmp_path):
     table, remarks = read_questions(manifest, ["b", "c"], pictures / "part0")
     asked = list(zip(table["image"].to_pylist(), table["prompt"].to_pylist(), strict=True))
     assert asked == [("000.png", "a"), ("002.png", "b"), ("002.png", "c")]
-    assert table["path"][0].as_py() == str(pictures / "part0" / "000.png")
+    assert table["path"][0].as_py() == os.fsencode(pictures / "part0" / "000.png")
     assert table["id"][0].as_py() == question_id(str(pictures / "part0" / "000.png"), "a")
     assert remarks == []
 
@@ -301,16 +414,26 @@ def test_a_parquet_manifest(pictures, tmp_path):
         ("{", ["a"], "all.jsonl:1: expected one JSON object a line, got "),
         ("[]", ["a"], "all.jsonl:1: expected a JSON object, got list"),
         ('\n{"path": "a.png"}', ["a"], "all.jsonl:2: expected image to be a path, got None"),
+        ('{"image": "a\\u0000/b"}', ["a"], "expected image to be a path, got 'a\\x00/b'"),
         ('{"image": "a.png"}', [], "all.jsonl:1: expected a prompt, there or as --prompt, got no"),
         ('{"image": "a", "prompt": 3}', [], "all.jsonl:1: expected prompt to be a str, got 3"),
         ('{"image": "a", "prompt": "", "text": ""}', [], ":1: expected prompt or text, got both"),
         ('{"image": "a", "prompt": "<image><image>"}', [], "expected at most one <image>"),
-        ('{"image": "\\ud800"}', ["a"], "IMAGES: expected Unicode text, got"),
+        ('{"image": "\\ud800"}', ["a"], "all.jsonl:1: image: expected Unicode text, got"),
+        (
+            f'{{"image": ["{"a" * 9999}"]}}',
+            ["a"],
+            "expected image to be a path, got ['aaaaaaaaaaaa...",
+        ),
+        (
+            f'{{"image": "a", "text": [{"1, " * 9999}1]}}',
+            [],
+            "be a str, got [1, 1, 1, 1, 1, 1, ...]",
+        ),
         ("\n", ["a"], "IMAGES: expected at least one picture, got "),
     ],
 )
 def test_bad_manifests(tmp_path, content, prompts, says):
-    from prumerge_fast.errors import InputError
     from prumerge_fast.serving.batch.questions import read_questions
 
     (tmp_path / "all.jsonl").write_text(content)
@@ -356,6 +479,17 @@ def written(folder, name, rows):
     writer.commit_checkpoint(pending)
 
 
+def test_errors_of_other_questions_are_not_forgotten(tmp_path):
+    """A run about other pictures would not ask them again: their rows would be lost."""
+    folder = BatchFolder(tmp_path)
+    bad = {"error": "e"}
+    written(folder, "uuid_000000", {"a": {"answer": "w"}, "b": bad, "c": bad})
+    assert folder.forget_errors(pa.array(["b", "d"])) == 1
+    cleaned(folder)
+    assert folder.rows()["id"].to_pylist() == ["a", "c"]
+    assert folder.forget_errors(pa.array(["b", "d"])) == 0
+
+
 def cleaned(folder):
     """What Ray does first when it goes on: it takes back what is pending."""
     config = folder.checkpoint_config()
@@ -390,7 +524,7 @@ def test_forgetting_errors_is_safe_at_every_step(tmp_path, monkeypatch, calls):
         writer = batch_folder.CheckpointWriter.create(folder.checkpoint_config())
         patch.setattr(type(writer), "commit_checkpoint", stopping(type(writer).commit_checkpoint))
         try:
-            asked_again = folder.forget_errors()
+            asked_again = folder.forget_errors(pa.array(["a", "b", "c", "d", "e"]))
         except KeyboardInterrupt:
             asked_again = None
     cleaned(folder)
@@ -401,6 +535,85 @@ def test_forgetting_errors_is_safe_at_every_step(tmp_path, monkeypatch, calls):
     if calls == 99:
         assert asked_again == 2
         assert sorted(rows) == ["a", "c", "e"]
+
+
+def questions_about(paths):
+    rows = [
+        {"id": str(path), "image": path.name, "path": os.fsencode(path), "prompt": PROMPT}
+        for path in paths
+    ]
+    return pa.Table.from_pylist(rows, QUESTIONS)
+
+
+@pytest.fixture
+def actor(folder):
+    from prumerge_fast.reduction.config import PruMergeConfig
+    from prumerge_fast.serving.batch.patched_model import PatchedModel
+
+    loading = {"model": folder, "dtype": "float32", "device": "cpu"}
+    return PatchedModel(loading, PruMergeConfig(), "torch", 3)
+
+
+def test_a_batch_that_fails_is_asked_one_by_one(actor, pictures, monkeypatch):
+    """One of them fails alone, too: a row with its error."""
+    from prumerge_fast.serving.batch import patched_model
+
+    measure = patched_model.measure
+    paths = sorted((pictures / "part0").iterdir())[:4]
+    expected = actor(questions_about(paths)).to_pylist()
+    calls = []
+
+    def out_of_memory(model, inputs, *more, **options):
+        calls.append(len(inputs["input_ids"]))
+        if len(inputs["input_ids"]) > 1 or len(calls) == 3:
+            raise RuntimeError("CUDA out of memory.\nTried to allocate")
+        return measure(model, inputs, *more, **options)
+
+    monkeypatch.setattr(patched_model, "measure", out_of_memory)
+    rows = actor(questions_about(paths)).to_pylist()
+    assert calls == [4, 1, 1, 1, 1]
+    assert [rows[n] for n in (0, 2, 3)] == [expected[n] for n in (0, 2, 3)]
+    assert rows[1]["answer"] is None
+    says = "expected an answer, got RuntimeError (CUDA out of memory. Tried to allocate)"
+    assert rows[1]["error"] == says
+
+
+def test_what_fails_for_every_picture_ends_the_job(actor, pictures, monkeypatch):
+    from prumerge_fast.serving.batch import patched_model
+
+    def unavailable(*_, **__):
+        raise BackendUnavailableError("backend: expected ...")
+
+    monkeypatch.setattr(patched_model, "measure", unavailable)
+    with pytest.raises(BackendUnavailableError):
+        actor(questions_about(sorted((pictures / "part0").iterdir())[:4]))
+
+
+def test_a_batch_that_cannot_be_encoded_is_tried_one_by_one(folder, pictures, monkeypatch):
+    from prumerge_fast.reduction.config import PruMergeConfig
+    from prumerge_fast.serving.batch.encoded import EncodedPictures, from_bytes
+    from prumerge_fast.serving.encoder import PruMergeEncoder
+
+    stage = EncodedPictures(str(folder), PruMergeConfig(), None, {"device": "cpu"})
+    encode = PruMergeEncoder.encode
+    names = ("part0/000.png", "part1/017.png", "part0/002.png")
+    questions = questions_about([pictures / name for name in names])
+    calls = []
+
+    def out_of_memory(self, images):
+        calls.append(len(images))
+        if len(images) > 1 or len(calls) == 2:
+            raise RuntimeError("CUDA out of memory")
+        return encode(self, images)
+
+    monkeypatch.setattr(PruMergeEncoder, "encode", out_of_memory)
+    first, empty, last = stage(questions).to_pylist()
+    assert calls == [2, 1, 1]
+    assert (first["embeds"], empty["embeds"], last["picture_error"]) == (None, None, None)
+    alone = encode(stage._encoder, [Image.open(pictures / "part0" / "002.png")])[0]
+    assert from_bytes(last["embeds"], alone.shape[1], alone.dtype).equal(alone)
+    assert first["picture_error"] == "expected an answer, got RuntimeError (CUDA out of memory)"
+    assert "which is empty" in empty["picture_error"]
 
 
 def start(folder, pictures, output):

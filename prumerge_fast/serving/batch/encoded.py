@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from prumerge_fast.harness.models import conversation, describe
 from prumerge_fast.harness.pictures import read_image
 from prumerge_fast.harness.prompts import framed
 from prumerge_fast.reduction.config import PruMergeConfig
+from prumerge_fast.serving.batch.rows import readable
+from prumerge_fast.serving.batch.singly import batch_or_singly
 from prumerge_fast.serving.encoder import PruMergeEncoder
 
 EMBEDS = "embeds"  # bytes of [n, D]; null where the picture has an error
@@ -43,17 +46,19 @@ class EncodedPictures:
 
     def __call__(self, questions: pa.Table) -> pa.Table:
         pictures = []
-        errors: list[str | None] = []
+        errors: list[PictureError | None] = []
         for path in questions["path"].to_pylist():
             try:
-                pictures.append(framed(self._asked_with, read_image(Path(path))))
+                pictures.append(framed(self._asked_with, read_image(Path(os.fsdecode(path)))))
                 errors.append(None)
             except PictureError as error:
-                errors.append(error.says)
-        encoded = iter(self._encoder.encode(pictures))
-        embeds = [to_bytes(next(encoded)) if error is None else None for error in errors]
+                errors.append(error)
+        encoded = iter(batch_or_singly(self._encoder.encode, pictures))
+        results = [next(encoded) if error is None else error for error in errors]
+        embeds = [None if isinstance(one, PictureError) else to_bytes(one) for one in results]
+        says = [readable(one.says) if isinstance(one, PictureError) else None for one in results]
         table = questions.append_column(EMBEDS, pa.array(embeds, pa.large_binary()))
-        return table.append_column(ERROR, pa.array(errors, pa.string()))
+        return table.append_column(ERROR, pa.array(says, pa.string()))
 
 
 def to_bytes(embeds: torch.Tensor) -> bytes:

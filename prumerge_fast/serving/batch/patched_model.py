@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from prumerge_fast.harness.inputs import items_from_images
+from prumerge_fast.errors import PictureError
+from prumerge_fast.harness.inputs import Item, items_from_images
 from prumerge_fast.harness.models import load
 from prumerge_fast.harness.prompts import prepare_readable
 from prumerge_fast.harness.questions import decoded
 from prumerge_fast.harness.stages import measure
 from prumerge_fast.reduction.config import PruMergeConfig
 from prumerge_fast.serving.batch.rows import answers_table
+from prumerge_fast.serving.batch.singly import batch_or_singly
 from prumerge_fast.towers.wrappers import unwrapped
 
 
@@ -39,11 +42,19 @@ class PatchedModel:
     def __call__(self, questions: pa.Table) -> pa.Table:
         """Answers as `rows.ANSWERS` to questions as `rows.QUESTIONS`."""
         items = [
-            items_from_images([Path(path)], [prompt])[0]
+            items_from_images([Path(os.fsdecode(path))], [prompt])[0]
             for path, prompt in zip(
                 questions["path"].to_pylist(), questions["prompt"].to_pylist(), strict=True
             )
         ]
+        answers = [
+            {"error": answer.says} if isinstance(answer, PictureError) else answer
+            for answer in batch_or_singly(self._answers, items)
+        ]
+        return answers_table(questions, answers)
+
+    def _answers(self, items: Sequence[Item]) -> list[dict[str, Any]]:
+        """Of each question the columns of its answer, or the error of its picture."""
         inputs, failed = prepare_readable(self._loaded, items, strict=False)
         answers: list[dict[str, Any]] = [
             {"error": failed.get(place)} for place in range(len(items))
@@ -65,7 +76,7 @@ class PatchedModel:
                     "visual_tokens": answer.visual_tokens,
                     "prompt_tokens": answer.visual_tokens + text,
                 }
-        return answers_table(questions, answers)
+        return answers
 
 
 def _text_tokens(loaded: Any, inputs: Any) -> list[int]:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import reprlib
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,7 +16,7 @@ import pyarrow.parquet as pq
 from prumerge_fast.errors import InputError
 from prumerge_fast.harness.folders import find_images
 from prumerge_fast.harness.inputs import check_prompt, check_unicode
-from prumerge_fast.serving.batch.rows import ID, QUESTIONS, question_id
+from prumerge_fast.serving.batch.rows import ID, QUESTIONS, question_id, readable
 
 MANIFESTS = (".jsonl", ".parquet")
 
@@ -70,18 +74,24 @@ def read_questions(
 
 def _table(pairs: Iterable[tuple[str, str]], folder: Path) -> tuple[pa.Table, int]:
     """Questions as `QUESTIONS` from images and prompts, each once, and how many came again."""
-    columns: dict[str, list[str]] = {name: [] for name in QUESTIONS.names}
+    columns: dict[str, list[Any]] = {name: [] for name in QUESTIONS.names}
     known: set[str] = set()
     repeated = 0
+    real = cache(os.path.realpath)  # of folders, of which there are few
     for image, prompt in pairs:
-        check_unicode(image, "IMAGES")
-        path = str((folder / image).absolute())
-        key = question_id(path, prompt)
+        path = (folder / image).absolute()
+        # However the way to a picture is written, it has the answers of an earlier run.
+        key = question_id(os.path.join(real(path.parent), path.name), prompt)
         if key in known:
             repeated += 1
             continue
         known.add(key)
-        for name, value in ((ID, key), ("image", image), ("path", path), ("prompt", prompt)):
+        for name, value in (
+            (ID, key),
+            ("image", readable(image)),
+            ("path", os.fsencode(path)),
+            ("prompt", prompt),
+        ):
             columns[name].append(value)
     return pa.table(columns, schema=QUESTIONS), repeated
 
@@ -89,8 +99,9 @@ def _table(pairs: Iterable[tuple[str, str]], folder: Path) -> tuple[pa.Table, in
 def _of_manifest(path: Path, prompts: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Image and prompt of each row, with every prompt where it has none of its own."""
     for where, image, own in _rows(path):
-        if not isinstance(image, str) or not image:
-            raise InputError(f"{where}: expected image to be a path, got {image!r}")
+        if not isinstance(image, str) or not image or "\0" in image:
+            raise InputError(f"{where}: expected image to be a path, got {reprlib.repr(image)}")
+        check_unicode(image, f"{where}: image")
         if own is None:
             if not prompts:
                 raise InputError(f"{where}: expected a prompt, there or as --prompt, got none")
@@ -99,7 +110,7 @@ def _of_manifest(path: Path, prompts: Sequence[str]) -> Iterator[tuple[str, str]
             check_prompt(own, f"{where}: prompt")
             yield image, own
         else:
-            raise InputError(f"{where}: expected prompt to be a str, got {own!r}")
+            raise InputError(f"{where}: expected prompt to be a str, got {reprlib.repr(own)}")
 
 
 def _rows(path: Path) -> Iterator[tuple[str, object, object]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ QUESTIONS = pa.schema(
     {
         ID: pa.string(),
         "image": pa.string(),  # as it was given
-        "path": pa.string(),  # absolute, as actors elsewhere open it
+        "path": pa.binary(),  # absolute, as actors elsewhere open it; it need not be Unicode
         "prompt": pa.string(),
     }
 )
@@ -33,7 +34,12 @@ ANSWERS = pa.schema(
 
 def question_id(path: str, prompt: str) -> str:
     """The same for the same question about the same file, in every run."""
-    return hashlib.sha256(f"{path}\0{prompt}".encode()).hexdigest()[:24]
+    return hashlib.sha256(os.fsencode(f"{path}\0{prompt}")).hexdigest()[:24]
+
+
+def readable(text: str) -> str:
+    """Text with a name of a file in it, as UTF-8 can hold it."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def answers_table(questions: pa.Table, answers: Sequence[Mapping[str, Any]]) -> pa.Table:
@@ -47,6 +53,10 @@ def answers_table(questions: pa.Table, answers: Sequence[Mapping[str, Any]]) -> 
         As `ANSWERS`.
     """
     columns = {name: questions[name] for name in (ID, "image", "prompt")}
+    answers = [
+        {**answer, "error": readable(answer["error"])} if answer.get("error") else answer
+        for answer in answers
+    ]
     for name in ANSWERS.names[len(columns) :]:
         columns[name] = pa.array([answer.get(name) for answer in answers], ANSWERS.field(name).type)
     return pa.table(columns, schema=ANSWERS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -56,7 +57,7 @@ def run(options: BatchOptions, remark: Callable[[str], None]) -> dict[str, Any]:
         running(options, folder.path) as actors,
     ):
         folder.check_settings(_settings(options, described, actors))
-        retried = folder.forget_errors() if options.retry_errors else 0
+        retried = folder.forget_errors(questions[ID]) if options.retry_errors else 0
         missing = _missing(questions, folder)
         start = time.perf_counter()
         if len(missing) or folder.has_pending():
@@ -174,6 +175,7 @@ def _quiet() -> None:
         for handler in logging.getLogger(name).handlers:
             if isinstance(handler, logging.StreamHandler):
                 handler.setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", module="ray")  # such as of fewer blocks than actors
 
 
 def _as_input_error(error: Exception) -> PruMergeError:

@@ -6,6 +6,7 @@ embeddings in its place.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
@@ -26,7 +27,7 @@ from prumerge_fast.serving.batch.cluster import Actors, encoding
 from prumerge_fast.serving.batch.encoded import EMBEDS, EncodedPictures, from_bytes
 from prumerge_fast.serving.batch.encoded import ERROR as PICTURE_ERROR
 from prumerge_fast.serving.batch.options import engine_workers
-from prumerge_fast.serving.batch.rows import ANSWERS, answers_table
+from prumerge_fast.serving.batch.rows import ANSWERS, answers_table, readable
 
 ERROR = "__inference_error__"  # as `ray.data.llm` calls it
 _OFF = {"enabled": False}
@@ -130,7 +131,7 @@ class _Request:
         # Not "prompt", which the engine puts its own into.
         request = {"id": row["id"], "image": row["image"], "question": row["prompt"]}
         described, asked_with = _asked_with(*self._asked_with)
-        item = items_from_images([Path(row["path"])], [row["prompt"]])[0]
+        item = items_from_images([Path(os.fsdecode(row["path"]))], [row["prompt"]])[0]
         if EMBEDS in row:
             if row[EMBEDS] is None:
                 return {**request, ERROR: row[PICTURE_ERROR]}
@@ -140,7 +141,7 @@ class _Request:
             try:
                 picture = framed(asked_with, item.load())
             except PictureError as error:
-                return {**request, ERROR: error.says}
+                return {**request, ERROR: readable(error.says)}
         tokenizer = asked_with.processor.tokenizer
         prompts, adds_first = first_token_once(tokenizer, [format_prompt(asked_with, item)])
         ids = tokenizer(prompts[0], add_special_tokens=adds_first)["input_ids"]
