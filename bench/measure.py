@@ -67,6 +67,7 @@ class Step(NamedTuple):
 
 
 _END_TO_END = "python bench/end_to_end.py --output {output} --rounds 3 --model "
+_SERVING = "python bench/serving.py --output {output} "
 STEPS = (
     Step(
         "cost",
@@ -102,8 +103,8 @@ STEPS = (
     Step(  # needs the extra vllm
         "serving-cpu",
         (
-            "python bench/serving.py --output {output}",
-            "python bench/serving.py --output {output} --decoder 7b --layers 4",
+            f"{_SERVING}--requests 12 --rounds 5",
+            f"{_SERVING}--decoder 7b --layers 4 --requests 6 --rounds 3",
         ),
     ),
 )

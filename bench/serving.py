@@ -121,7 +121,7 @@ def measured(folder: Path, options: Any) -> dict[str, Any]:
                     print(f"{name}: {options.requests / took:.2f} requests/s, {tokens} tokens each")
         policies = {}
         for name, (ours, process) in engines.items():
-            ours.send(("memory",))
+            ours.send(("memory", options.decoder == "toy"))
             ratios = [a / b for a, b in zip(seconds["LLaVA"], seconds[name], strict=True)]
             policies[name] = {
                 "requests_per_second": options.requests / statistics.median(seconds[name]),
@@ -194,7 +194,9 @@ def engine(connection: Any, folder: Path, setting: dict[str, Any] | None, dtype:
         except EOFError:
             return
         connection.send(
-            answered(llm, *values) if command == "round" else memory(llm, setting is not None)
+            answered(llm, *values)
+            if command == "round"
+            else memory(llm, setting is not None, *values)
         )
 
 
@@ -219,10 +221,11 @@ def answered(llm: Any, seed: int, count: int) -> tuple[float, int]:
 
 
 @torch.inference_mode()
-def memory(llm: Any, pruned: bool) -> dict[str, Any]:
+def memory(llm: Any, pruned: bool, run: bool) -> dict[str, Any]:
     """Peak bytes beside the weights while the images are encoded that vLLM hands over at once.
 
-    With PruMerge also as if the tower saw them all at once.
+    With PruMerge also as if the tower saw them all at once. The decoder takes no part in it, so
+    that one of them is enough to `run` it for.
     """
     from peak_memory import peak_memory
 
@@ -241,8 +244,10 @@ def memory(llm: Any, pruned: bool) -> dict[str, Any]:
         found = peak_memory(encode, [pixels], torch.device("cpu"))
         return found["peak_torch_bytes"] - found["torch_bytes_before"]
 
-    result = {"images_at_once": images, "tokens_per_image": rows, "encoder_peak_bytes": peak()}
-    if pruned:
+    result = {"images_at_once": images, "tokens_per_image": rows}
+    if run:
+        result["encoder_peak_bytes"] = peak()
+    if run and pruned:
         result["tower_batch"] = model.tower_batch
         model.tower_batch = images
         result["encoder_peak_bytes_unsplit"] = peak()
