@@ -76,7 +76,7 @@ def received_attention(
         raise ValueError(
             f"query: expected the shape of keys, {list(keys.shape)}, got {list(query.shape)}"
         )
-    check_num_heads(num_heads, keys.shape[2])
+    num_heads = check_num_heads(num_heads, keys.shape[2])
     check_alike({"query": query}, keys)
     check_device({"query": query}, keys)
     resolved = resolve_backend(backend, keys.device, keys.dtype)

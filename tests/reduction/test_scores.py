@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import ptxemu
 import pytest
 import torch
@@ -67,6 +68,7 @@ def test_gradients(scores: str, heads: str) -> None:
         return prune_merge(*tensors, config, num_heads=HEADS).tokens
 
     assert torch.autograd.gradcheck(reduce, tensors)
+    assert torch.autograd.gradgradcheck(reduce, tensors)
 
 
 @pytest.fixture
@@ -85,6 +87,13 @@ def test_kernels(emulator: ptxemu.Emulator, scores: str, heads: str) -> None:
     found = prune_merge(*given, config, num_heads=HEADS, backend="triton")
     assert torch.equal(found.kept, expected.kept)
     assert relative_error(found.tokens, expected.tokens) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize(("scores", "heads"), [("class", "separate"), ("received", "auto")])
+def test_heads_counted_by_numpy(scores: str, heads: str) -> None:
+    config = PruMergeConfig(keep=7, scores=scores, heads=heads)
+    found = prune_merge(*inputs(), config, num_heads=np.int64(HEADS))  # type: ignore[arg-type]
+    assert torch.equal(found.tokens, prune_merge(*inputs(), config, num_heads=HEADS).tokens)
 
 
 def test_what_is_missing_is_named() -> None:
