@@ -9,7 +9,7 @@ from typing import Any
 import ptxemu
 import pytest
 import torch
-from kernel_cases import relative_error
+from kernel_cases import CHANNELS, IMAGES, TOKENS, far_apart, relative_error
 from torch import Tensor
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
@@ -265,3 +265,16 @@ def test_kernel_takes_any_strides(emulator: ptxemu.Emulator) -> None:
         backend="triton",
     )
     assert relative_error(found, definition(query, keys, 3, False)) < 1e-5
+
+
+@pytest.mark.parametrize("heads", [3, 1])  # of one step of channels, of three
+@pytest.mark.parametrize("where", [0, 1], ids=["query", "keys"])
+def test_kernel_offsets_past_32_bits(emulator: ptxemu.Emulator, where: int, heads: int) -> None:
+    emulator.schedule, emulator.check_races = "lockstep", False
+    given = inputs(2, 20, 48, torch.float16)
+    expected = definition(*given, heads, False)
+    for axis, stride in enumerate((IMAGES, TOKENS, CHANNELS)):
+        moved = list(given)
+        moved[where] = far_apart(given[where], axis, stride)
+        found = received_attention(moved[0], moved[1], num_heads=heads, backend="triton")
+        assert relative_error(found, expected) < 1e-3
