@@ -119,7 +119,8 @@ def reduce_tokens(
             float64. A negative score, or NaN, ranks as 0 and is weighed as it is.
         keys: [B, N, C], whose cosines say which tokens are similar.
         hidden: [B, N, D], the features to reduce.
-        config: What to keep and how to merge; `None` for the defaults.
+        config: What to keep and how to merge; `None` for the defaults. Its `scores` and `heads`
+            have no effect: the scores are given.
         backend: `"auto"`, `"triton"`, `"torch"` or `"reference"`.
 
     `keys` and `hidden` share one dtype of float16, bfloat16, float32 or float64; all are on one
