@@ -66,14 +66,15 @@ def received_attention_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `query` and `keys` [B, R, C], in their dtype, from that of the output [B, N].
 
-    Autocast or not: it may be on where `backward` is called, or where a compiled forward pass was.
+    Autocast or not: it may be on where `backward` is called, or where a compiled forward pass was,
+    of which this is traced with it off.
     """
     first = int(class_token)
     queries = keys.shape[1] - first
     compute = torch.promote_types(keys.dtype, torch.float32)
     grad_query, grad_keys = torch.zeros_like(query), torch.zeros_like(keys)
     grad = torch.nn.functional.pad(grad.to(compute), (first, 0)) / (num_heads * queries)  # [B, R]
-    with without_autocast(keys.device.type):
+    with without_autocast(keys.device.type, even_if_off=True):
         for images, chunks in _chunks(keys, num_heads, queries):
             k = _by_head(keys[images], num_heads, compute)  # [b, H, R, d]
             of_keys = torch.zeros_like(k)

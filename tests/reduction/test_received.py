@@ -200,6 +200,18 @@ def test_compiles() -> None:
     torch.testing.assert_close(compiled(*given), received_attention(*given, num_heads=3) * 2)
 
 
+def test_gradients_compiled_under_autocast() -> None:
+    def score(query: Tensor, keys: Tensor) -> Tensor:
+        return received_attention(query, keys, num_heads=4).square().sum()
+
+    given = tuple(one.requires_grad_() for one in inputs(2, 20, 64))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.compile(score, fullgraph=True, backend="aot_eager")(*given)
+    expected = torch.autograd.grad(score(*given), given)
+    for one, other in zip(torch.autograd.grad(found, given), expected, strict=True):
+        assert relative_error(one, other) < 1e-5
+
+
 @pytest.fixture(params=[80, pytest.param(120, marks=pytest.mark.slow)])
 def emulator(request: pytest.FixtureRequest) -> Iterator[ptxemu.Emulator]:
     with ptxemu.install(request.param, schedule="interleave") as installed:
