@@ -85,11 +85,13 @@ def prune_merge(
     """
     config = _checked(config)
     _check_tensors(query, keys, hidden)
+    num_patches = keys.shape[1] - 1
+    resolved = resolve_backend(backend, keys.device, keys.dtype, num_patches)
     scoring = config.scoring()
     if scoring.received or scoring.separate:
+        config.budget(num_patches)  # raises, before there is work
         attention = _attention(query, keys, scoring, num_heads, backend)
         return reduce_tokens(attention, keys[:, 1:], hidden[:, 1:], config, backend=backend)
-    resolved = resolve_backend(backend, keys.device, keys.dtype, keys.shape[1] - 1)
     implementation, _ = _IMPLEMENTATIONS[resolved.name]
     if query.ndim == 3:
         query = query[:, 0]  # [B, C]
@@ -174,7 +176,6 @@ def _attention(
                 f"{list(keys.shape)}, for scores='received', got {list(query.shape)}"
             )
         return received_attention(query, keys, num_heads=heads, class_token=True, backend=backend)
-    resolve_backend(backend, keys.device, keys.dtype, keys.shape[1] - 1)  # raises
     if query.ndim == 3:
         query = query[:, 0]  # [B, C]
     with without_autocast(keys.device.type):
