@@ -61,7 +61,7 @@ def log_sums_kernel(
     """log2 of what the softmax of each query divides by, for a tile of queries of one head."""
     head = tl.program_id(0)
     image = (head // H).to(tl.int64)
-    first_channel = (head % H) * D
+    first_channel = (head % H).to(tl.int64) * D
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BM]
     # Rows past the end read the last one; nothing of theirs is kept.
     read = tl.minimum(rows, Q - 1).to(tl.int64)
@@ -103,8 +103,9 @@ def received_attention_kernel(
     image_keys = keys + image * stride_kb + read * STRIDE_KN  # [BN]
     sums = tl.zeros((BLOCK_N,), tl.float32)
     for head in range(H):
-        key_rows = image_keys + head * D * STRIDE_KC
-        head_query = query + image * stride_qb + head * D * STRIDE_QC
+        first_channel = tl.cast(head, tl.int64) * D
+        key_rows = image_keys + first_channel * STRIDE_KC
+        head_query = query + image * stride_qb + first_channel * STRIDE_QC
         head_sums = log_sums + (image * H + head) * Q
         for start in range(0, Q, BLOCK_M):
             rows = start + tl.arange(0, BLOCK_M)  # [BM]

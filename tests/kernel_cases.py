@@ -173,3 +173,21 @@ def assert_generates_like_torch() -> None:
             ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
             outputs[backend] = ids.tolist(), model.prumerge.last_lengths
     assert outputs["triton"] == outputs["torch"]
+
+
+IMAGES, TOKENS, CHANNELS = 2**31 + 8, 2**27 + 8, 2**26 + 8  # strides
+
+
+def far_apart(tensor: Tensor, axis: int, stride: int) -> Tensor:
+    """The same values, with 2**31 elements or more between the ends of an axis.
+
+    Most of the memory behind them is never touched, so none is taken.
+    """
+    shape = list(tensor.shape)
+    strides = list(tensor.contiguous().stride())
+    strides[axis] = stride
+    size = 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+    assert size > 2**31
+    # Not `torch.empty`, which poisoning would fill.
+    storage = torch.from_numpy(np.empty(size, np.float16))
+    return storage.as_strided(shape, strides).copy_(tensor)

@@ -129,7 +129,7 @@ def estimate(
         raise ValueError(f"text_tokens: expected at least 1, got {text_tokens}")
     tower, decoder = shape.tower, shape.decoder
     visual = tower.patches
-    products = {"vision": tower_products(tower, pruned=config is not None)}
+    products = {"vision": tower_products(tower, config)}
     if config is not None:
         products["prune_merge"] = prune_merge_products(tower, config)
         visual = config.capacity(tower.patches)

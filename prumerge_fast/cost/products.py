@@ -33,14 +33,14 @@ class Product:
     quantised: bool = False
 
 
-def tower_products(tower: TowerShape, *, pruned: bool) -> list[Product]:
-    """The vision tower. Unpruned, all layers run, also those behind the features.
+def tower_products(tower: TowerShape, config: PruMergeConfig | None) -> list[Product]:
+    """The vision tower. Unpruned (`None`), all layers run, also those behind the features.
 
-    Pruned, it ends with the query of the class token and the keys of all tokens in the layer that
-    reads the features: less than half of that layer, and nothing behind it.
+    Pruned, it ends with queries, the class token's or all, and the keys of all tokens in the layer
+    that reads the features: less than half of that layer, and nothing behind it.
     """
     rows, width, mlp = 1 + tower.patches, tower.width, tower.mlp_width
-    layers = tower.reading_layer if pruned else tower.layers
+    layers = tower.layers if config is None else tower.reading_layer
     products = [
         _linear(tower.patches, tower.channels * tower.patch_size**2, width),
         _linear(rows, width, width, 4 * layers),
@@ -48,14 +48,16 @@ def tower_products(tower: TowerShape, *, pruned: bool) -> list[Product]:
         _linear(rows, width, mlp, layers),
         _linear(rows, mlp, width, layers),
     ]
-    if pruned:
-        products += [_linear(rows, width, width), _linear(1, width, width)]
+    if config is not None:
+        asking = rows if config.scoring().received else 1
+        products += [_linear(rows, width, width), _linear(asking, width, width)]
     return products
 
 
 def prune_merge_products(tower: TowerShape, config: PruMergeConfig) -> list[Product]:
     """Scores, similarities of the centres to all patches, and the merge. Keys and features are read
-    once each, as one fused kernel does.
+    once each, as one fused kernel does. Attention received is counted as PyTorch computes it; the
+    Triton kernel, which keeps none of it, computes its products twice.
 
     Raises:
         ValueError: `keep` is not given, so that the number of centres is not known, or too large.
@@ -66,8 +68,9 @@ def prune_merge_products(tower: TowerShape, config: PruMergeConfig) -> list[Prod
         raise ValueError("keep: expected a number of tokens, because cost has no image to count on")
     merged = centres if config.merge != "none" else 0
     rows = centres + config.supplement
+    asking = patches if config.scoring().received else 1
     return [
-        Product(2 * (1 + patches) * width, 0, (2 + patches) * width),
+        Product(2 * asking * (1 + patches) * width, 0, (asking + 1 + patches) * width),
         Product(2 * merged * patches * width, 0, 0),
         Product(2 * (merged + config.supplement) * patches * width, 0, (patches + rows) * width),
     ]

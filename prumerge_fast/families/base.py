@@ -167,6 +167,8 @@ class Adapter(BaseAdapter):
     def reading_once(self, reduce: Callable[..., MergedTokens] | None = None) -> Adapter:
         """A copy for one batch, whose towers it runs once however often that is encoded.
 
+        Twice where some configs ask for all queries and some do not.
+
         Args:
             reduce: What reduces patches in it; `None`: as here.
         """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,7 @@ def check_device(tensors: dict[str, Tensor], keys: Tensor) -> None:
 
 def check_num_heads(num_heads: int | None, channels: int) -> int:
     """The number of heads, or an error unless it divides the channels."""
-    if isinstance(num_heads, bool) or not isinstance(num_heads, int):
+    if isinstance(num_heads, bool) or not isinstance(num_heads, numbers.Integral):
         if num_heads is None:
             raise ValueError("num_heads: expected the layer's number of heads, got None")
         raise TypeError(f"num_heads: expected an int, got {type(num_heads).__name__}")
@@ -46,4 +48,4 @@ def check_num_heads(num_heads: int | None, channels: int) -> int:
             f"num_heads: expected a divisor of C = {channels}, the channels of keys, got "
             f"{num_heads}"
         )
-    return num_heads
+    return int(num_heads)  # NumPy's too

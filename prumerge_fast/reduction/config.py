@@ -41,28 +41,29 @@ class PruMergeConfig:
     A *centre* is a patch token that is kept; N is the number of patch tokens of an image.
 
     Args:
-        variant: `"prumerge"` keeps the tokens that the class token attends to most;
-            `"prumerge+"` adds tokens spread evenly over the image.
-        keep: How many centres an image keeps. `None`: as many as are outliers of its class
-            attention, so the number differs from image to image. An `int` >= 1: that many
+        variant: `"prumerge"` keeps the tokens of the highest scores (by default, those that the
+            class token attends to most); `"prumerge+"` adds tokens spread evenly over the image.
+        keep: How many centres an image keeps. `None`: as many as are outliers of its
+            scores, so the number differs from image to image. An `int` >= 1: that many
             (at most N; checked when N is known). A `float` in (0, 1]: that share of N, rounded
             to the nearest whole number, halves up, but at least 1.
             The type decides: `keep=1` is one token, `keep=1.0` is every token.
         neighbours: How many of the other tokens, the most similar by key, merge into each
             centre; clipped to N - 1. Without effect when `merge="none"`.
-        fence: Outliers lie above `Q3 + fence * (Q3 - Q1)` of the image's class attention.
-            Without effect when `keep` is given.
+        fence: Outliers lie above `Q3 + fence * (Q3 - Q1)` of the image's scores. Without effect
+            when `keep` is given.
         merge: `"sum"`: `y_p + Σ a_j y_j` over the neighbours, as in the authors' code.
             `"average"`: `(a_p y_p + Σ a_j y_j) / (a_p + Σ a_j)`, as in the paper's text; where
             those weights are all zero the centre stays `y_p`. `"none"`: `y_p` as it is.
         supplement: Append one last row per image, `Σ a_j y_j` over every token that is no
             centre (a zero row when every token is a centre).
-        order: Centres in the order in which they were chosen (`"attention"`: descending class
-            attention, then the spatial tokens of `"prumerge+"` in raster order) or all of them
+        order: Centres in the order in which they were chosen (`"attention"`: descending
+            scores, then the spatial tokens of `"prumerge+"` in raster order) or all of them
             by patch index (`"raster"`). The supplement is last either way.
         scores: What says how much a patch matters: the attention that the class token pays to it
-            (`"class"`), or the mean of what it receives from all patches (`"received"`). `"auto"`:
-            the first, where the tower has a class token.
+            (`"class"`), or the mean of what it receives from all patches (`"received"`), which is
+            flat: give it a `keep`, for hardly a patch is an outlier. `"auto"`: the first, where
+            the tower has a class token.
         heads: `"joint"`: one head over the full width, as in the authors' code; `"separate"`: the
             mean over the layer's own heads. `"auto"`: joint for the class token's attention,
             separate for what is received.

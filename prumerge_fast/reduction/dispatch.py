@@ -85,11 +85,13 @@ def prune_merge(
     """
     config = _checked(config)
     _check_tensors(query, keys, hidden)
+    num_patches = keys.shape[1] - 1
+    resolved = resolve_backend(backend, keys.device, keys.dtype, num_patches)
     scoring = config.scoring()
     if scoring.received or scoring.separate:
+        config.budget(num_patches)  # raises, before there is work
         attention = _attention(query, keys, scoring, num_heads, backend)
         return reduce_tokens(attention, keys[:, 1:], hidden[:, 1:], config, backend=backend)
-    resolved = resolve_backend(backend, keys.device, keys.dtype, keys.shape[1] - 1)
     implementation, _ = _IMPLEMENTATIONS[resolved.name]
     if query.ndim == 3:
         query = query[:, 0]  # [B, C]
@@ -119,7 +121,8 @@ def reduce_tokens(
             float64. A negative score, or NaN, ranks as 0 and is weighed as it is.
         keys: [B, N, C], whose cosines say which tokens are similar.
         hidden: [B, N, D], the features to reduce.
-        config: What to keep and how to merge; `None` for the defaults.
+        config: What to keep and how to merge; `None` for the defaults. Its `scores` and `heads`
+            have no effect: the scores are given.
         backend: `"auto"`, `"triton"`, `"torch"` or `"reference"`.
 
     `keys` and `hidden` share one dtype of float16, bfloat16, float32 or float64; all are on one
@@ -173,7 +176,6 @@ def _attention(
                 f"{list(keys.shape)}, for scores='received', got {list(query.shape)}"
             )
         return received_attention(query, keys, num_heads=heads, class_token=True, backend=backend)
-    resolve_backend(backend, keys.device, keys.dtype, keys.shape[1] - 1)  # raises
     if query.ndim == 3:
         query = query[:, 0]  # [B, C]
     with without_autocast(keys.device.type):

@@ -13,7 +13,7 @@ class MergedTokens:
     """The reduced tokens of B images, padded to the longest.
 
     Args:
-        tokens: [B, capacity, C], dtype of the input; rows past an image's length are zero.
+        tokens: [B, capacity, D], dtype of the features; rows past an image's length are zero.
         lengths: [B] int32, rows of each image that count (centres, then the supplement).
         kept: [B, capacity] int32, patch index (0 .. N-1) of each row; -1 for the supplement and
             for padding.
@@ -30,7 +30,7 @@ class MergedTokens:
         return self.tokens.shape[0]
 
     def split(self) -> list[Tensor]:
-        """The tokens of each image without padding: a list of B views [m_b, C]."""
+        """The tokens of each image without padding: a list of B views [m_b, D]."""
         return [
             rows[:length] for rows, length in zip(self.tokens, self.lengths.tolist(), strict=True)
         ]
@@ -39,7 +39,7 @@ class MergedTokens:
         """All tokens in one tensor without padding, as variable-length attention takes them.
 
         Returns:
-            The tokens [sum of m_b, C], and `cu_seqlens` [B + 1] int32: image b has the rows
+            The tokens [sum of m_b, D], and `cu_seqlens` [B + 1] int32: image b has the rows
             `cu_seqlens[b]` to `cu_seqlens[b + 1]`.
         """
         rows = torch.arange(self.tokens.shape[1], device=self.lengths.device)  # [capacity]

@@ -38,7 +38,8 @@ def received_attention(
     `a_j` is the mean over heads and patch queries i of `softmax_j(q_i · k_j / sqrt(d))`, d the
     channels of a head; the softmax is over all keys. Computed in float32 (float64 for float64
     input), autocast or not. The N x N attention is never in memory as a whole: Triton goes through
-    it twice, in a fixed order and without atomics, PyTorch in chunks that take 256 MiB at most.
+    it twice, in a fixed order and without atomics, PyTorch in chunks that take 256 MiB at
+    most, where the keys of one image leave room.
 
     Differentiable in `query` and `keys`.
 
@@ -76,7 +77,7 @@ def received_attention(
         raise ValueError(
             f"query: expected the shape of keys, {list(keys.shape)}, got {list(query.shape)}"
         )
-    check_num_heads(num_heads, keys.shape[2])
+    num_heads = check_num_heads(num_heads, keys.shape[2])
     check_alike({"query": query}, keys)
     check_device({"query": query}, keys)
     resolved = resolve_backend(backend, keys.device, keys.dtype)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prumerge_fast.reduction.autocast import without_autocast
 from prumerge_fast.reduction.received_torch import received_attention_gradients
 from prumerge_fast.reduction.triton_backend import launch_target
 
@@ -42,8 +41,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
     query, keys = ctx.saved_tensors
-    with without_autocast(grad.device.type):
-        gradients = received_attention_gradients(grad, query, keys, ctx.num_heads, ctx.class_token)
+    gradients = received_attention_gradients(grad, query, keys, ctx.num_heads, ctx.class_token)
     return (*gradients, None, None)
 
 

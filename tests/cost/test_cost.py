@@ -23,7 +23,7 @@ from prumerge_fast import PruMergeConfig, cost, patched, prune_merge
 from prumerge_fast.cli import main
 from prumerge_fast.cost.published import Accounting
 from prumerge_fast.demo import MODEL_DIR
-from prumerge_fast.families.encode import encode
+from prumerge_fast.families import adapter_for
 from prumerge_fast.harness.stages import cache_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +33,8 @@ CONFIGS = [
     PruMergeConfig(keep=7),
     PruMergeConfig(variant="prumerge+", keep=0.5, supplement=False),
     PruMergeConfig(keep=6, merge="none"),
+    PruMergeConfig(keep=6, scores="received"),
+    PruMergeConfig(keep=6, heads="separate"),
 ]
 
 
@@ -68,9 +70,13 @@ def test_operations_are_those_that_pytorch_counts(model, config):
     if config is None:
         found["vision"], _ = counted(lambda: model.model.vision_tower(pixels))
     else:
-        found["vision"], encoded = counted(lambda: encode(model, pixels))
+        adapter = adapter_for(model)
+        found["vision"], encoded = counted(
+            lambda: adapter.read(model, "image", pixels, {}, config.scoring().received)
+        )
+        heads = adapter.num_heads(model, "image")
         found["prune_merge"], merged = counted(
-            lambda: prune_merge(*encoded, config, backend="torch")
+            lambda: prune_merge(*encoded, config, num_heads=heads, backend="torch")
         )
         assert merged.lengths.item() == estimate.visual_tokens
     features = torch.randn(1, estimate.visual_tokens, shape.tower.width)

@@ -47,6 +47,7 @@ from prumerge_fast import PruMergeConfig, UnsupportedModelError
 from prumerge_fast.reduction.dispatch import prune_merge
 
 SIDE, PIXELS, WIDTH, VOCAB = 5, 30, 64, 90  # 5 x 5 patches of 6 pixels
+HEADS = 4  # of the tower
 PINPOINTS = [[30, 60], [60, 30], [60, 60], [90, 30], [30, 90]]
 EVERYTHING = {"keep": 1.0, "merge": "none", "supplement": False, "order": "raster"}
 ANYRES = {"image_aspect_ratio": "anyres", "image_grid_pinpoints": PINPOINTS}
@@ -61,7 +62,7 @@ def tower_path(tmp_path_factory: pytest.TempPathFactory) -> str:
         hidden_size=WIDTH,
         intermediate_size=96,
         num_hidden_layers=4,
-        num_attention_heads=4,
+        num_attention_heads=HEADS,
         image_size=PIXELS,
         patch_size=PIXELS // SIDE,
     )
@@ -196,9 +197,8 @@ def reduced(model: Any, crop: Tensor, config: PruMergeConfig, valid: Tensor | No
     rows = torch.cat([torch.zeros(1, dtype=torch.long), patches + 1])
     if isinstance(config.keep, int):
         config = config.replace(keep=min(config.keep, len(patches)))
-    merged = prune_merge(
-        query[:, rows], keys[:, rows], hidden[:, rows], config, backend="reference"
-    )
+    inputs = (one[:, rows] for one in (query, keys, hidden))
+    merged = prune_merge(*inputs, config, num_heads=HEADS, backend="reference")
     (tokens,) = merged.split()
     kept = [-1 if p < 0 else int(patches[p]) for p in merged.kept[0, : len(tokens)]]
     return model.get_model().mm_projector(tokens), kept
@@ -372,7 +372,15 @@ def arranged(model: Any, index: int, crops: Tensor, config: PruMergeConfig) -> T
 
 @pytest.mark.parametrize("order", ["attention", "raster"])
 @pytest.mark.parametrize(
-    "options", [{}, {"keep": 7}, {"variant": "prumerge+", "keep": 0.4}], ids=str
+    "options",
+    [
+        {},
+        {"keep": 7},
+        {"variant": "prumerge+", "keep": 0.4},
+        {"keep": 7, "scores": "received"},
+        {"keep": 7, "heads": "separate"},
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("merge_type", ["flat", "spatial", "spatial_unpad"])
 @torch.no_grad()
@@ -476,15 +484,18 @@ def test_tower(tower_path: str) -> None:
     assert torch.equal(tower(pixels), plain)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"scores": "received"}, {"heads": "separate"}], ids=["", "received", "heads"]
+)
 @torch.no_grad()
-def test_tower_of_a_model(tower_path: str) -> None:
+def test_tower_of_a_model(tower_path: str, options: dict[str, Any]) -> None:
     model = tiny(tower_path)
     pixels = images_for(model)
-    expected = prumerge_fast.patch(model, keep=4).encode_images(pixels)
+    expected = prumerge_fast.patch(model, keep=4, **options).encode_images(pixels)
     prumerge_fast.unpatch(model)
-    prumerge_fast.patch(model.get_vision_tower(), keep=4)
+    prumerge_fast.patch(model.get_vision_tower(), keep=4, **options)
     close(model.encode_images(pixels), torch.stack(expected))
-    prumerge_fast.patch(model, keep=4)  # both: reduced once
+    prumerge_fast.patch(model, keep=4, **options)  # both: reduced once
     close(torch.stack(model.encode_images(pixels)), torch.stack(expected))
 
 

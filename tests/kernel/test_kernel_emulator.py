@@ -5,17 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import ptxemu
 import pytest
 import torch
 from kernel_cases import (
+    CHANNELS,
     CONFIGS,
     GOLDEN,
+    IMAGES,
+    TOKENS,
     assert_like_golden,
     assert_like_torch,
     assert_like_torch_but_not_finite,
     assert_same_neighbours,
+    far_apart,
     poison_new_memory,
     random_inputs,
     tied_inputs,
@@ -98,24 +101,6 @@ def test_strides(emulator: ptxemu.Emulator) -> None:
     inputs = (apart, transposed, sliced)
     assert not any(tensor.is_contiguous() for tensor in inputs)
     assert_like_torch(inputs, CONFIGS["default"], torch.float16)
-
-
-def far_apart(tensor: torch.Tensor, axis: int, stride: int) -> torch.Tensor:
-    """The same values, with 2**31 elements or more between the ends of an axis.
-
-    Most of the memory behind them is never touched, so none is taken.
-    """
-    shape = list(tensor.shape)
-    strides = list(tensor.contiguous().stride())
-    strides[axis] = stride
-    size = 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
-    assert size > 2**31
-    # Not `torch.empty`, which poisoning would fill.
-    storage = torch.from_numpy(np.empty(size, np.float16))
-    return storage.as_strided(shape, strides).copy_(tensor)
-
-
-IMAGES, TOKENS, CHANNELS = 2**31 + 8, 2**27 + 8, 2**26 + 8  # strides
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,14 @@ def pruned() -> list[torch.Tensor]:
     return outputs(patch(tiny_llava(), keep=5))
 
 
+@pytest.mark.parametrize("options", [{"scores": "received"}, {"heads": "separate"}], ids=str)
+@torch.no_grad()
+def test_scores_of_an_offloaded_tower(options: dict[str, Any], tmp_path: Path) -> None:
+    model = patch(on_the_disk(tiny_llava(), tmp_path), keep=5, **options)
+    expected = patch(tiny_llava(), keep=5, **options)(**INPUTS).logits
+    torch.testing.assert_close(model(**INPUTS).logits, expected)
+
+
 @pytest.mark.parametrize("offload", [on_the_cpu, on_the_disk, dispatched, loaded])
 def test_offloaded_models_answer_alike(
     offload: Callable[..., Any], plain: Any, pruned: Any, tmp_path: Path

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import ptxemu
 import pytest
 import torch
-from kernel_cases import relative_error
+from kernel_cases import CHANNELS, IMAGES, TOKENS, far_apart, relative_error
 from torch import Tensor
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
@@ -99,6 +100,17 @@ def test_gradients(most: int, class_token: bool, monkeypatch: pytest.MonkeyPatch
         return received_attention(query, keys, num_heads=3, class_token=class_token)
 
     assert torch.autograd.gradcheck(score, (query, keys))
+    assert torch.autograd.gradgradcheck(score, (query, keys))
+
+
+def test_gradients_under_autocast() -> None:
+    """Where `backward` is called in it."""
+    given = tuple(one.requires_grad_() for one in inputs(2, 20, 64))
+    score = received_attention(*given, num_heads=4).square().sum()
+    expected = torch.autograd.grad(score, given, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(score, given)
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("most", [1, 20_000, 100_000])
@@ -106,7 +118,7 @@ def test_chunks_change_nothing(most: int, monkeypatch: pytest.MonkeyPatch) -> No
     given = inputs(5, 40, 12)
     whole = received_attention(*given, num_heads=3)
     monkeypatch.setattr(received_torch, "MOST_BYTES", most)
-    assert len(list(_chunks(given[1], 3, 40))) > 1
+    assert sum(len(chunks) for _, chunks in _chunks(given[1], 3, 40)) > 1
     torch.testing.assert_close(received_attention(*given, num_heads=3), whole)
 
 
@@ -117,11 +129,32 @@ def test_chunks_change_nothing(most: int, monkeypatch: pytest.MonkeyPatch) -> No
 def test_chunks_hold_little(batch: int, rows: int, channels: int, heads: int) -> None:
     """Counted for the backward pass, which holds the most: copies of keys and four of shares."""
     keys = torch.empty(batch, rows, channels, device="meta", dtype=torch.float16)
-    for images, chunk in _chunks(keys, heads, rows):
+    for images, chunks in _chunks(keys, heads, rows):
         count = len(range(*images.indices(batch)))
-        queries = len(range(*chunk.indices(rows)))
+        queries = len(range(*chunks[0].indices(rows)))
         assert count * heads * queries * rows * 4 * 4 <= MOST_BYTES
         assert count * rows * channels * 4 * 4 <= MOST_BYTES
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(40, 30, 48), (2, 200, 48)], ids=["images", "queries"])
+def test_memory(
+    shape: tuple[int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Allocated at once by both passes, as the profiler counts it."""
+    most = 2**19
+    monkeypatch.setattr(received_torch, "MOST_BYTES", most)
+    given = tuple(one.requires_grad_() for one in inputs(*shape, dtype))
+    grad = torch.ones(*shape[:2], dtype=dtype if dtype == torch.float64 else torch.float32)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        received = received_attention(*given, num_heads=3)
+        gradients = torch.autograd.grad(received, given, grad)
+    events: Any = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = [(one.start_ns(), one.nbytes()) for one in events if one.name() == "[memory]"]
+    held = list(itertools.accumulate(size for _, size in sorted(changes)))
+    outputs = sum(one.nbytes for one in (received, *gradients))
+    assert held[-1] == outputs
+    assert max(held) - outputs <= most
 
 
 def bad(**changes: Any) -> dict[str, Any]:
@@ -165,6 +198,18 @@ def test_compiles() -> None:
         lambda *two: received_attention(*two, num_heads=3) * 2, fullgraph=True, backend="aot_eager"
     )
     torch.testing.assert_close(compiled(*given), received_attention(*given, num_heads=3) * 2)
+
+
+def test_gradients_compiled_under_autocast() -> None:
+    def score(query: Tensor, keys: Tensor) -> Tensor:
+        return received_attention(query, keys, num_heads=4).square().sum()
+
+    given = tuple(one.requires_grad_() for one in inputs(2, 20, 64))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.compile(score, fullgraph=True, backend="aot_eager")(*given)
+    expected = torch.autograd.grad(score(*given), given)
+    for one, other in zip(torch.autograd.grad(found, given), expected, strict=True):
+        assert relative_error(one, other) < 1e-5
 
 
 @pytest.fixture(params=[80, pytest.param(120, marks=pytest.mark.slow)])
@@ -232,3 +277,16 @@ def test_kernel_takes_any_strides(emulator: ptxemu.Emulator) -> None:
         backend="triton",
     )
     assert relative_error(found, definition(query, keys, 3, False)) < 1e-5
+
+
+@pytest.mark.parametrize("heads", [3, 1])  # of one step of channels, of three
+@pytest.mark.parametrize("where", [0, 1], ids=["query", "keys"])
+def test_kernel_offsets_past_32_bits(emulator: ptxemu.Emulator, where: int, heads: int) -> None:
+    emulator.schedule, emulator.check_races = "lockstep", False
+    given = inputs(2, 20, 48, torch.float16)
+    expected = definition(*given, heads, False)
+    for axis, stride in enumerate((IMAGES, TOKENS, CHANNELS)):
+        moved = list(given)
+        moved[where] = far_apart(given[where], axis, stride)
+        found = received_attention(moved[0], moved[1], num_heads=heads, backend="triton")
+        assert relative_error(found, expected) < 1e-3

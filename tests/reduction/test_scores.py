@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import ptxemu
 import pytest
 import torch
@@ -11,6 +13,8 @@ from kernel_cases import TOLERANCE, relative_error
 from merge_cases import smooth_inputs
 from torch import Tensor
 
+from prumerge_fast.errors import BackendUnavailableError
+from prumerge_fast.reduction import dispatch
 from prumerge_fast.reduction.config import PruMergeConfig, Scoring
 from prumerge_fast.reduction.dispatch import prune_merge, reduce_tokens
 
@@ -67,6 +71,7 @@ def test_gradients(scores: str, heads: str) -> None:
         return prune_merge(*tensors, config, num_heads=HEADS).tokens
 
     assert torch.autograd.gradcheck(reduce, tensors)
+    assert torch.autograd.gradgradcheck(reduce, tensors)
 
 
 @pytest.fixture
@@ -87,6 +92,13 @@ def test_kernels(emulator: ptxemu.Emulator, scores: str, heads: str) -> None:
     assert relative_error(found.tokens, expected.tokens) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize(("scores", "heads"), [("class", "separate"), ("received", "auto")])
+def test_heads_counted_by_numpy(scores: str, heads: str) -> None:
+    config = PruMergeConfig(keep=7, scores=scores, heads=heads)
+    found = prune_merge(*inputs(), config, num_heads=np.int64(HEADS))  # type: ignore[arg-type]
+    assert torch.equal(found.tokens, prune_merge(*inputs(), config, num_heads=HEADS).tokens)
+
+
 def test_what_is_missing_is_named() -> None:
     query, keys, hidden = inputs()
     received = PruMergeConfig(scores="received")
@@ -98,6 +110,22 @@ def test_what_is_missing_is_named() -> None:
         prune_merge(query[:, 0], keys, hidden, received, num_heads=HEADS)
     with pytest.raises(ValueError, match="num_heads"):
         prune_merge(query, keys, hidden, PruMergeConfig(heads="separate"))
+
+
+@pytest.mark.parametrize(("scores", "heads"), [("class", "separate"), ("received", "auto")])
+def test_errors_come_before_scores(
+    scores: str, heads: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("scores were computed")
+
+    for name in ("received_attention", "class_attention_by_head"):
+        monkeypatch.setattr(dispatch, name, refuse)
+    config = PruMergeConfig(keep=21, scores=scores, heads=heads)
+    with pytest.raises(ValueError, match="keep: expected at most N = 20"):
+        prune_merge(*inputs(), config, num_heads=HEADS)
+    with pytest.raises(BackendUnavailableError, match=r"not torch\.float64"):
+        prune_merge(*inputs(), config.replace(keep=7), num_heads=HEADS, backend="triton")
 
 
 def test_without_a_class_token() -> None:
