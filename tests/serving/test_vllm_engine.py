@@ -164,7 +164,8 @@ def test_says_once_what_runs(caplog: pytest.LogCaptureFixture) -> None:
     name = "vllm.prumerge_fast"
     logging.getLogger(name).addHandler(caplog.handler)
     try:
-        with engine(MODEL_DIR, {"variant": "prumerge+", "keep": 64}):
+        # A number of its own: vLLM says the same line once in a process.
+        with engine(MODEL_DIR, {"variant": "prumerge+", "keep": 61}):
             pass
     finally:
         logging.getLogger(name).removeHandler(caplog.handler)
