@@ -232,11 +232,10 @@ def test_rows_of_one_image_hold_no_others(saved):
 
 
 def test_an_image_without_an_outlier(saved):
-    flat = [Image.new("RGB", (30, 30))]
+    pictures = [Image.new("RGB", (30, 30))]
     for supplement in (True, False):
-        (rows,) = PruMergeEncoder(saved("LLaVA"), PruMergeConfig(supplement=supplement)).encode(
-            flat
-        )
+        config = PruMergeConfig(fence=1e6, supplement=supplement)
+        (rows,) = PruMergeEncoder(saved("LLaVA"), config).encode(pictures)
         assert rows.shape == (int(supplement), 64)
 
 
