@@ -120,23 +120,30 @@ def received_attention_kernel(
 
 
 class Tiles(NamedTuple):
-    """How both launches are cut: queries, tokens and channels a tile, and how products round."""
+    """How both launches are cut: queries, tokens and channels a tile, and how products round.
+
+    `max_registers` of a thread; `None`: as the assembler sees fit.
+    """
 
     block_m: int
     block_n: int
     block_d: int
     precision: str
     num_warps: int
+    max_registers: int | None
 
 
 def choose_tiles(head_width: int, dtype: torch.dtype, target: str) -> Tiles:
     """For heads of so many channels; `target` is `"sm_80"`, `"gfx942"` and so on."""
     # The widest step of those that waste least: a head of 72 channels takes five steps of 16.
     block_d = min((64, 32, 16), key=lambda width: -(-head_width // width) * width)
+    is_cuda = target.startswith("sm_")
+    # All that there are; left alone, the assembler may spill to fit one program more on the GPU.
+    max_registers = 255 if is_cuda else None
     if dtype == torch.float32:
-        precision = "tf32x3" if target.startswith("sm_") else "ieee"
-        return Tiles(32, 32, min(block_d, 32), precision, 4)
-    return Tiles(64, 64, block_d, "tf32", 4)
+        precision = "tf32x3" if is_cuda else "ieee"
+        return Tiles(32, 32, min(block_d, 32), precision, 4, max_registers)
+    return Tiles(64, 64, block_d, "tf32", 4, max_registers)
 
 
 def received_attention(
@@ -195,6 +202,8 @@ def launch_arguments(
         "PRECISION": tiles.precision,
         "num_warps": tiles.num_warps,
     }
+    if tiles.max_registers is not None:
+        named["maxnreg"] = tiles.max_registers
     first = Launch(
         log_sums_kernel,
         (batch * num_heads, triton.cdiv(num_patches, tiles.block_m)),
