@@ -51,9 +51,14 @@ def plugin() -> Plugin:
         )
     reason = "loaded by every vLLM in this environment; a server's usage.prompt_tokens shows it"
     if not TESTED[0] <= Version(version).release[:2] <= TESTED[1]:
-        low, high = (".".join(map(str, one)) for one in TESTED)
-        reason = f"not tested with this version, but with {low} to {high}; {reason}"
+        reason = f"not tested with this version, but with {tested_versions()}; {reason}"
     return Plugin(version, True, reason)
+
+
+def tested_versions() -> str:
+    """`TESTED` in words."""
+    low, high = (".".join(map(str, one)) for one in TESTED)
+    return f"{low} to {high}"
 
 
 def version_of_vllm() -> str | None:

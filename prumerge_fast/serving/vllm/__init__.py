@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from prumerge_fast.serving.installed import NAME, TESTED, version_of_vllm
+from prumerge_fast.serving.installed import NAME, tested_versions, version_of_vllm
 
 
 def register() -> None:
@@ -20,9 +20,8 @@ def register() -> None:
     try:
         _register()
     except (ImportError, AttributeError) as error:
-        low, high = (".".join(map(str, one)) for one in TESTED)
         raise ImportError(
-            f"prumerge_fast: expected vLLM {low} to {high}, got {version_of_vllm()} "
+            f"prumerge_fast: expected vLLM {tested_versions()}, got {version_of_vllm()} "
             f"({type(error).__name__}: {error}); to run vLLM without PruMerge, set the environment "
             f"variable VLLM_PLUGINS to the names of other plugins, without {NAME!r}, or to nothing"
         ) from error

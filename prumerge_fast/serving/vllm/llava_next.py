@@ -27,7 +27,7 @@ class PruMergeLlavaNextInfo(PrunedInfo, LlavaNextInfo):
     """Counts what PruMerge leaves of an image; placeholders and memory follow from that."""
 
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
-        hf_config = self.get_hf_config()
+        hf_config, config = self.get_hf_config(), self.prumerge
         sizes = [[image_height, image_width]]
         layout = crop_layout(
             hf_config, crop_counts(hf_config, sizes), sizes, num_patches(hf_config)
@@ -35,7 +35,7 @@ class PruMergeLlavaNextInfo(PrunedInfo, LlavaNextInfo):
         total = 0
         for read, overview in zip(layout.is_read.sum(1).tolist(), layout.is_overview, strict=True):
             if read:  # of a crop that is not all padding; a newline ends each but the overview
-                total += within_budget(self.prumerge, read).capacity(read) + int(not overview)
+                total += within_budget(config, read).capacity(read) + int(not overview)
         return total
 
 
