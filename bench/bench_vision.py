@@ -17,7 +17,7 @@ from transformers import LlavaForConditionalGeneration
 from prumerge_fast.families.encode import encode
 from prumerge_fast.patching.patch import patched
 from prumerge_fast.reduction.config import PruMergeConfig
-from prumerge_fast.reduction.dispatch import prune_merge
+from prumerge_fast.reduction.reading import reduce_patches
 
 CONFIG = PruMergeConfig(keep=72)  # random weights say nothing about what adapts to the image
 
@@ -41,7 +41,7 @@ def test_patched_against_unpatched(against, model, projector):
 
     def pruned() -> int:
         if not projector:
-            return int(prune_merge(*encode(model, pixel_values), CONFIG).lengths[0])
+            return int(reduce_patches(encode(model, pixel_values), CONFIG).lengths[0])
         with patched(model, CONFIG):
             model.get_image_features(pixel_values)
             return model.prumerge.last_lengths[0]

@@ -44,7 +44,7 @@ from prumerge_fast.harness.models import resolve_device
 from prumerge_fast.harness.provenance import provenance
 from prumerge_fast.harness.stages import Measurement, measure
 from prumerge_fast.reduction.config import PruMergeConfig
-from prumerge_fast.reduction.dispatch import prune_merge
+from prumerge_fast.reduction.reading import reduce_patches
 
 BASELINE = "LLaVA"
 POLICIES: dict[str, PruMergeConfig | None] = {
@@ -203,7 +203,7 @@ def replayed(
             tower = model.model.vision_tower(pixels, output_hidden_states=True)
             tokens = tower.hidden_states[model.config.vision_feature_layer][:, 1:]
         else:
-            tokens = prune_merge(*encode(model, pixels), config).tokens
+            tokens = reduce_patches(encode(model, pixels), config).tokens
         return model.model.multi_modal_projector(tokens)  # [B, m, D]
 
     features = vision()

@@ -10,21 +10,21 @@ from typing import Any
 from torch import Tensor
 
 
-def clip_transformer(tower: Any) -> Any:
-    """The module with `embeddings`, `pre_layrnorm` and `encoder`: 4.x wraps it once more."""
+def vision_transformer(tower: Any) -> Any:
+    """The module with `embeddings` and `encoder` of CLIP and SigLIP: 4.x wraps it once more."""
     return getattr(tower, "vision_model", tower)
 
 
-def run_encoder_layer(layer: Any, hidden: Tensor) -> Tensor:
-    """One CLIP encoder layer without any mask, [B, 1+N, C] to [B, 1+N, C].
-
-    4.x asks for a second mask and returns a tuple.
-    """
-    masks = {"attention_mask": None}
-    if is_4():  # not asked of its signature, which wrappers hide
-        masks["causal_attention_mask"] = None
-    output = layer(hidden, **masks)
+def run_encoder_layer(layer: Any, hidden: Tensor, **arguments: Any) -> Tensor:
+    """A vision tower's layer without any mask, [B, R, C] to [B, R, C]; 4.x returns a tuple."""
+    output = layer(hidden, attention_mask=None, **arguments)
     return output[0] if isinstance(output, tuple) else output
+
+
+def clip_layer_masks() -> dict[str, None]:
+    """The masks that CLIP's layers ask for beside `attention_mask`: one, in 4.x."""
+    # Not asked of their signature, which wrappers hide.
+    return {"causal_attention_mask": None} if is_4() else {}
 
 
 def configured_feature_layer(config: Any) -> Any:

@@ -23,7 +23,13 @@ from tiny_models import (
     tower_outputs,
 )
 from torch import Tensor
-from transformers import CLIPImageProcessor, LlavaNextImageProcessor
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlavaNextImageProcessor,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+)
 
 from prumerge_fast.reduction.config import PruMergeConfig
 from prumerge_fast.reduction.dispatch import reduce_tokens
@@ -41,6 +47,8 @@ def takes(model: Any, argument: str) -> bool:
 
 Part = Any  # a list of token ids, or a picture: ("image" or "video", its number)
 
+WITHOUT_CLASS_TOKEN = PruMergeConfig(variant="prumerge+", keep=0.25)
+
 
 class Family:
     """A family with four images and two videos of its own making."""
@@ -50,11 +58,15 @@ class Family:
     layer_argument = "vision_feature_layer"
     layers: tuple[int, ...] = (-2,)
     options: ClassVar[dict[str, Any]] = {}
+    vision: Any = CLIPVisionConfig
+    class_token = True
+    default = PruMergeConfig()
+    """What `patch(model)` is."""
 
     def model(self, **changes: Any) -> Any:
         model_class = getattr(transformers, f"{self.model_name}ForConditionalGeneration")
         config_class = getattr(transformers, f"{self.model_name}Config")
-        options = {**self.options, **changes}
+        options = {"vision": self.vision, **self.options, **changes}
         if "video" in self.kinds:
             options["video_token_index"] = VIDEO
         return tiny_model(model_class, config_class, **options)
@@ -131,14 +143,16 @@ class Family:
         return [part for parts in prompts for part in parts if part[0] == kind]
 
 
-def scores_by_hand(query: Tensor, keys: Tensor, config: PruMergeConfig) -> Tensor:
-    """[1, N], from the whole attention of all queries [1, 1+N, C]."""
-    received = config.scores == "received"
+def scores_by_hand(
+    query: Tensor, keys: Tensor, config: PruMergeConfig, class_token: bool = True
+) -> Tensor:
+    """[1, N], from the whole attention of all queries [1, R, C]."""
+    received = config.scores == "received" or not class_token
     heads = HEADS if config.heads == "separate" or (config.heads, received) == ("auto", True) else 1
     q, k = (one.unflatten(2, (heads, -1)).transpose(1, 2) for one in (query, keys))
-    shares = (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(3)  # [1, H, 1+N, 1+N]
-    asking = shares[:, :, 1:] if received else shares[:, :, :1]
-    return asking.mean((1, 2))[:, 1:]
+    shares = (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(3)  # [1, H, R, R]
+    asking = shares[:, :, class_token:] if received else shares[:, :, :1]
+    return asking.mean((1, 2))[:, class_token:]
 
 
 class FamilyOracle(Oracle):
@@ -152,19 +166,25 @@ class FamilyOracle(Oracle):
     def prune(self, tower: Any, pixels: Tensor, read: Tensor | None = None) -> Tensor:
         """Tokens [m, D] of an image [3, H, W], chosen among the patches in `read`, or all."""
         query, keys, hidden = tower_outputs(tower, pixels[None], *self.family.layers)
+        first = int(self.family.class_token)
         if read is not None:
-            rows = [0, *(read + 1).tolist()]
+            rows = [*range(first), *(read + first).tolist()]
             query, keys, hidden = (t[:, rows] for t in (query, keys, hidden))
-        return self.project(query, keys, hidden)
+        attention = scores_by_hand(query, keys, self.config, self.family.class_token)
+        return self.project(attention, keys[:, first:], hidden[:, first:])
 
-    def project(self, query: Tensor, keys: Tensor, hidden: Tensor) -> Tensor:
+    def project(self, attention: Tensor, keys: Tensor, patches: Tensor) -> Tensor:
+        """Projected tokens [m, D], from scores [1, n], keys [1, n, C] and features [1, n, C]."""
+        return self.model.model.multi_modal_projector(self.merge(attention, keys, patches))
+
+    def merge(self, attention: Tensor, keys: Tensor, patches: Tensor) -> Tensor:
+        """Tokens [m, D] of patches [1, n, D]; notes the patches that are kept."""
         config = self.config
         if isinstance(config.keep, int):
-            config = config.replace(keep=min(config.keep, keys.shape[1] - 1))
-        attention = scores_by_hand(query, keys, config)
-        merged = reduce_tokens(attention, keys[:, 1:], hidden[:, 1:], config, backend="reference")
+            config = config.replace(keep=min(config.keep, keys.shape[1]))
+        merged = reduce_tokens(attention, keys, patches, config, backend="reference")
         self.kept = merged.kept[0].tolist()
-        return self.model.model.multi_modal_projector(merged.split()[0])
+        return merged.split()[0]
 
     @torch.no_grad()
     def tokens(self, part: Part) -> Tensor:
@@ -335,16 +355,51 @@ class LlavaNextVideo(LlavaNext):
         for frame in self.pixels(kind, number):
             query, keys, hidden = tower_outputs(tower, frame[None], *self.layers)
             windows = [  # of 2 x 2 patches; the last row and column of 5 are not read
-                [1 + r * SIDE + c for r in (y, y + 1) for c in (x, x + 1)]
+                [r * SIDE + c for r in (y, y + 1) for c in (x, x + 1)]
                 for y in (0, 2)
                 for x in (0, 2)
             ]
-            keys, hidden = (
-                torch.stack([t[:, 0], *(t[:, window].mean(1) for window in windows)], 1)
-                for t in (keys, hidden)
-            )
-            pieces.append(oracle.project(query[:, :1], keys, hidden))
+            attention = scores_by_hand(query, keys, oracle.config)  # [1, N]
+            pooled = [
+                torch.stack([values[:, window].mean(1) for window in windows], 1)
+                for values in (attention, keys[:, 1:], hidden[:, 1:])
+            ]
+            pieces.append(oracle.project(*pooled))
         return torch.cat(pieces)
+
+
+class LlavaSiglip(Family):
+    """As llava-interleave: all patches, of the layer before the last."""
+
+    model_name = "Llava"
+    vision = SiglipVisionConfig
+    class_token = False
+    default = WITHOUT_CLASS_TOKEN
+    options: ClassVar[dict[str, Any]] = {"vision_feature_select_strategy": "full"}
+
+    def processor(self, **size: Any) -> Any:
+        size["size"] = size.pop("crop_size")
+        return SiglipImageProcessor(**size)
+
+
+class LlavaSiglipLast(LlavaSiglip):
+    """The output of the last layer, which no layer reads."""
+
+    layers = (-1,)
+    options: ClassVar[dict[str, Any]] = {
+        "vision_feature_select_strategy": "full",
+        "vision_feature_layer": -1,
+    }
+
+
+class LlavaNextSiglip(LlavaNext):
+    vision = SiglipVisionConfig
+    class_token = False
+    default = WITHOUT_CLASS_TOKEN
+    options: ClassVar[dict[str, Any]] = {
+        **LlavaNext.options,
+        "vision_feature_select_strategy": "full",
+    }
 
 
 FAMILIES: dict[str, Family] = {
@@ -354,4 +409,7 @@ FAMILIES: dict[str, Family] = {
     "Video-LLaVA": VideoLlava(),
     "LLaVA-NeXT": LlavaNext(),
     "LLaVA-NeXT-Video": LlavaNextVideo(),
+    "LLaVA with SigLIP": LlavaSiglip(),
+    "LLaVA with SigLIP's last layer": LlavaSiglipLast(),
+    "LLaVA-NeXT with SigLIP": LlavaNextSiglip(),
 }

@@ -39,18 +39,29 @@ def tiny_model(
     attention: str = "sdpa",
     feed_forward: int = 96,
     image_size: int = 30,
+    vision: Any = CLIPVisionConfig,
     **options: Any,
 ) -> Any:
-    """A model of a family, of that size, with weights under which answers depend on everything."""
+    """A model of a family, of that size, with weights under which answers depend on everything.
+
+    Args:
+        model_class: Of transformers.
+        config_class: Of transformers.
+        seed: Of the weights.
+        attention: As transformers calls its implementations.
+        feed_forward: Width of the language model's MLP.
+        image_size: Pixels along a side.
+        vision: Class of the tower's configuration.
+        options: Of the model's configuration.
+    """
     torch.manual_seed(seed)
-    vision = CLIPVisionConfig(
+    vision = vision(
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=4,
         num_attention_heads=4,
         image_size=image_size,
         patch_size=6,
-        projection_dim=32,
     )
     text = LlamaConfig(
         hidden_size=64,
@@ -110,14 +121,17 @@ def batch(prompts: list[list[int]], side: str = "left") -> dict[str, Tensor]:
 def tower_outputs(
     tower: Any, pixel_values: Tensor, *feature_layers: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, keys and features [B, 1+N, C], from all hidden states of the whole tower."""
+    """Queries, keys and features [B, R, C], from all hidden states of the whole tower.
+
+    Of the layer that reads the deepest features, or else of the last layer, from what it reads.
+    """
     states = tower(pixel_values, output_hidden_states=True).hidden_states
     layers = getattr(tower, "vision_model", tower).encoder.layers
-    deepest = max(layer % len(states) for layer in feature_layers)
-    reader = layers[deepest]
-    normed = reader.layer_norm1(states[deepest])
+    deepest = min(max(layer % len(states) for layer in feature_layers), len(layers) - 1)
+    normed = layers[deepest].layer_norm1(states[deepest])
     hidden = torch.cat([states[layer] for layer in feature_layers], -1)
-    return reader.self_attn.q_proj(normed), reader.self_attn.k_proj(normed), hidden
+    attention = layers[deepest].self_attn
+    return attention.q_proj(normed), attention.k_proj(normed), hidden
 
 
 def features_of(outputs: Any, kind: str = "image") -> Tensor:

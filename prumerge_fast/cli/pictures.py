@@ -17,8 +17,8 @@ from prumerge_fast.harness.models import Loaded
 from prumerge_fast.harness.prompts import check_pixels, model_inputs, pictures_of, placeholder
 from prumerge_fast.harness.videos import sampled
 from prumerge_fast.reduction.config import PruMergeConfig
-from prumerge_fast.reduction.dispatch import prune_merge
 from prumerge_fast.reduction.padding import within_budget
+from prumerge_fast.reduction.reading import Reading, reduce_patches
 
 MOST_VIEWS = 8  # of a video that are drawn
 GAP = 6  # pixels between views
@@ -32,14 +32,14 @@ class View:
         image: As the vision tower sees it; square.
         patches: Those that take part, in raster order: all but the padding around the image.
         keys: [n, C], of these patches.
-        attention: [N], class attention of all patches, 0 in the padding.
+        attention: [N], what each policy scores all patches by, by its name; 0 in the padding.
         kept: The patches that each policy keeps, by its name, in the order of its output.
     """
 
     image: Image.Image
     patches: list[int]
     keys: Tensor
-    attention: Tensor
+    attention: dict[str, Tensor]
     kept: dict[str, list[int]]
 
 
@@ -118,25 +118,28 @@ def look(
     check_pixels(given[loaded.adapter.pixels[modality]], [name], modality)
     adapter, model = loaded.adapter.reading_once(), loaded.model
     with torch.inference_mode():
-        every_query = any(config.scoring().received for config in configs.values())
-        views = adapter.views(model, modality, given, every_query)
+        views = {
+            policy: adapter.views(model, modality, given, config, backend)
+            for policy, config in configs.items()
+        }
         encoded = {
             policy: adapter.encode(model, given, config, backend)[modality]
             for policy, config in configs.items()
         }
-    heads = adapter.num_heads(model, modality)
+    resolved = {policy: adapter.resolved(model, config) for policy, config in configs.items()}
+    first = next(iter(views.values()))
     processor = getattr(loaded.processor, f"{modality}_processor")
     mean, std = (
         torch.tensor(v)[:, None, None] for v in (processor.image_mean, processor.image_std)
     )
-    pixels = (views.pixels.float().cpu() * std + mean).clamp(0, 1) * 255  # [K, 3, H, W]
+    pixels = (first.pixels.float().cpu() * std + mean).clamp(0, 1) * 255  # [K, 3, H, W]
     images = pixels.round().byte().permute(0, 2, 3, 1).numpy()
     return Seen(
         [
-            _view(Image.fromarray(image), views, number, configs, backend, heads)
+            _view(Image.fromarray(image), views, number, resolved, backend)
             for number, image in enumerate(images)
         ],
-        views.grids[0] if views.grids else None,
+        first.grids[0] if first.grids else None,
         {policy: tokens.lengths[0] for policy, tokens in encoded.items()},
         int((inputs["input_ids"] == adapter.placeholder_id(model, modality)).sum()),
     )
@@ -145,33 +148,30 @@ def look(
 @torch.inference_mode()
 def _view(
     image: Image.Image,
-    views: Views,
+    views: Mapping[str, Views],
     number: int,
     configs: Mapping[str, PruMergeConfig],
     backend: str,
-    heads: int,
 ) -> View:
-    patches = views.valid[number].nonzero()[:, 0]  # [n]
-    rows = torch.nn.functional.pad(patches + 1, (1, 0)).to(views.hidden.device)  # [1+n]
-    keys, hidden = views.keys[number, rows], views.hidden[number, rows]  # [1+n, C]
-    query = views.query[number]  # [C] or [1+N, C]
-    query = query if query.ndim == 1 else query[rows]
-    attention = torch.zeros(views.valid.shape[1])  # [N]
-    kept: dict[str, list[int]] = {policy: [] for policy in configs}
-    if len(patches):
-        for policy, config in configs.items():
-            merged = prune_merge(
-                query[None],
-                keys[None],
-                hidden[None],
-                within_budget(config, len(patches)),
-                num_heads=heads,
-                backend=backend,
-            )
-            attention[patches] = merged.attention[0].float().cpu()
-            chosen = merged.kept[0].cpu()
-            kept[policy] = patches[chosen[chosen >= 0]].tolist()
-    return View(image, patches.tolist(), keys[1:], attention, kept)
+    valid = next(iter(views.values())).valid[number]  # [N]
+    patches = valid.nonzero()[:, 0]  # [n]
+    keys = torch.empty(0)
+    attention, kept = {}, dict[str, list[int]]()
+    for policy, config in configs.items():
+        attention[policy], kept[policy] = torch.zeros(len(valid)), []
+        if not len(patches):
+            continue
+        read = views[policy].patches
+        device = read.features.device
+        chosen = read.chosen(torch.tensor([number], device=device), patches[None].to(device))
+        if isinstance(chosen, Reading):
+            chosen = chosen.scored(config, backend)
+        keys = chosen.keys[0]  # [n, C]
+        merged = reduce_patches(chosen, within_budget(config, len(patches)), backend)
+        attention[policy][patches] = chosen.attention[0].float().cpu()
+        centres = merged.kept[0].cpu()
+        kept[policy] = patches[centres[centres >= 0]].tolist()
+    return View(image, patches.tolist(), keys, attention, kept)
 
 
 class Grid:

@@ -24,6 +24,7 @@ from prumerge_fast.harness.videos import VIDEO_SUFFIXES, read_video
 from prumerge_fast.reduction.backends import resolve_backend
 from prumerge_fast.reduction.config import PruMergeConfig
 from prumerge_fast.reduction.reference import nearest
+from prumerge_fast.towers.wrappers import unwrapped
 
 PANEL = 480  # pixels of one panel's side, at least
 CAPTION = 44
@@ -31,6 +32,7 @@ GAP = 12
 SHOWN = "shown"  # the one policy's name
 _VIDEOS = tuple(suffix for suffix in VIDEO_SUFFIXES if suffix != ".gif")
 STRONGEST = 4  # centres whose neighbours are drawn
+SCORES = {"class": "class attention", "received": "attention received"}
 COLOURS = ((255, 92, 92), (80, 200, 255), (255, 214, 64), (140, 240, 120))
 # Black, violet, orange, pale yellow: dark to bright, so that the order survives a grey print.
 HEAT = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)])
@@ -89,9 +91,10 @@ def run(options: ShowOptions) -> None:
         backend=options.backend,
         modality=modality,
     )
+    scores = loaded.adapter.resolved(unwrapped(loaded.model), options.config).scores
     links = [_links(view, options.config.neighbours) for view in seen.views]
     try:
-        draw(seen, links).save(output, "PNG")
+        draw(seen, links, SCORES[scores]).save(output, "PNG")
     except OSError as error:
         raise InputError(f"--output: expected a writable file, got {output} ({error})") from None
 
@@ -101,7 +104,7 @@ def run(options: ShowOptions) -> None:
             {
                 "patches": len(view.patches),
                 "kept": view.kept[SHOWN],
-                "attention": view.attention.tolist(),
+                "attention": view.attention[SHOWN].tolist(),
                 "neighbours": links_,
             }
             for view, links_ in zip(seen.views, links, strict=True)
@@ -114,6 +117,7 @@ def run(options: ShowOptions) -> None:
                 "model": loaded.name,
                 "backend": backend,
                 "config": asdict(options.config),
+                "scores": scores,
                 "all_tokens": seen.all_tokens,
                 "visual_tokens": tokens,
                 **(views[0] if len(views) == 1 else {"grid": seen.grid, "views": views}),
@@ -127,7 +131,7 @@ def run(options: ShowOptions) -> None:
 def _links(view: View, neighbours: int) -> dict[int, list[int]]:
     """What the strongest centres of a view merge: patches by centre."""
     unit_keys = normalize(view.keys.float(), dim=-1)  # [n, C]
-    strongest = sorted(view.kept[SHOWN], key=lambda index: -float(view.attention[index]))
+    strongest = sorted(view.kept[SHOWN], key=lambda index: -float(view.attention[SHOWN][index]))
     return {
         centre: [
             view.patches[near]
@@ -137,20 +141,23 @@ def _links(view: View, neighbours: int) -> dict[int, list[int]]:
     }
 
 
-def draw(seen: Seen, links: list[dict[int, list[int]]]) -> Image.Image:
-    """Three panels: class attention, kept centres, and the neighbours that some of them merge.
+def draw(seen: Seen, links: list[dict[int, list[int]]], scores: str) -> Image.Image:
+    """Three panels: scores, kept centres, and the neighbours that some of them merge.
 
     Side by side; where there are several crops or frames, one below the other.
 
     Args:
         seen: What was pruned.
         links: Of each view, neighbours of some of its centres.
+        scores: What patches are scored by.
     """
     several = len(seen.views) > 1
     numbers = seen.drawn()
     views = [seen.views[number] for number in numbers]
     shown = [links[number] for number in numbers]
-    grids = [Grid(v.image, len(v.attention), PANEL // 2 if several else PANEL) for v in views]
+    attention = [view.attention[SHOWN] for view in views]
+    panel = PANEL // 2 if several else PANEL
+    grids = [Grid(v.image, len(a), panel) for v, a in zip(views, attention, strict=True)]
 
     def arranged(tiles: Iterable[Image.Image]) -> Image.Image:
         return seen.arranged([g.final(tile) for g, tile in zip(grids, tiles, strict=True)])
@@ -159,11 +166,11 @@ def draw(seen: Seen, links: list[dict[int, list[int]]]) -> Image.Image:
     patches = sum(len(view.patches) for view in views)
     strongest = sum(map(len, shown))
     most = max((len(near) for of_view in shown for near in of_view.values()), default=0)
-    highest = max(view.attention.max().item() for view in views)
+    highest = max(of_view.max().item() for of_view in attention)
     frames = f" in {len(views)} frames" if several and seen.grid is None else ""
     panels = {
-        f"class attention, at most {highest:.1%}": arranged(
-            _draw_attention(grid, view.attention) for grid, view in zip(grids, views, strict=True)
+        f"{scores}, at most {highest:.1%}": arranged(
+            _draw_attention(grid, of_view) for grid, of_view in zip(grids, attention, strict=True)
         ),
         f"{kept} of {patches} patches kept{frames}, in order": arranged(
             _draw_centres(grid, view.kept[SHOWN]) for grid, view in zip(grids, views, strict=True)

@@ -11,15 +11,13 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from prumerge_fast.reduction.config import PruMergeConfig
-from prumerge_fast.reduction.dispatch import prune_merge
 from prumerge_fast.reduction.output import MergedTokens
+from prumerge_fast.reduction.reading import Patches, reduce_patches
 
 ALL_TOKENS = "all tokens"
 RANDOM = "random"
@@ -48,6 +46,9 @@ METHODS = (RANDOM, EVEN, *_CONFIGS)
 _CHOICE = PruMergeConfig(merge="none", supplement=False, order="raster")
 _EVERYTHING = _CHOICE.replace(keep=1.0)
 
+Reduce = Callable[[Patches, PruMergeConfig, str], MergedTokens]
+"""What reduces patches, called as `reduce_patches` is."""
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -56,8 +57,8 @@ class Policy:
     Args:
         method: What it does.
         budget: T, the tokens of every image, crop or frame; `None` where the method decides.
-        config: What `prune_merge` is told; its order is that of the model's tokens.
-        choose: What chooses patches in place of `prune_merge`, of n patches so many for an image
+        config: What `reduce_patches` is told; its order is that of the model's tokens.
+        choose: What chooses patches in place of `reduce_patches`, of n patches so many for an image
             of that name.
     """
 
@@ -71,10 +72,10 @@ class Policy:
         """Unique among the policies of an evaluation."""
         return self.method if self.budget is None else f"{self.method} ({self.budget})"
 
-    def reduction(self, names: Sequence[str]) -> Callable[..., MergedTokens]:
-        """What reduces the images or videos of these names; called as `prune_merge` is."""
+    def reduction(self, names: Sequence[str]) -> Reduce:
+        """What reduces the images or videos of these names; called as `reduce_patches` is."""
         if self.choose is None or self.budget is None:
-            return prune_merge
+            return reduce_patches
         return _choosing(self.choose, self.budget, names)
 
 
@@ -136,22 +137,22 @@ def even_patches(patches: int, count: int, name: str = "") -> list[int]:
 
 def _choosing(
     choose: Callable[[int, int, str], list[int]], budget: int, names: Sequence[str]
-) -> Callable[..., MergedTokens]:
-    """Patches by choice, called as `prune_merge` is: once, or for some of the crops at a time."""
+) -> Reduce:
+    """Patches by choice, called as `reduce_patches` is: once, or for some crops at a time."""
     calls = itertools.count()
 
-    def reduce(query: Tensor, keys: Tensor, hidden: Tensor, *_: Any, **__: Any) -> MergedTokens:
-        patches = hidden[:, 1:]  # [K, n, C]
-        images, count = patches.shape[:2]
+    def reduce(patches: Patches, config: PruMergeConfig, backend: str) -> MergedTokens:
+        features = patches.features  # [K, n, C]
+        images, count = features.shape[:2]
         kept = torch.tensor(
             [
                 choose(count, min(budget, count), name)
                 for name in _names_of_rows(names, images, next(calls))
             ]
-        ).to(hidden.device)  # [K, T]
-        tokens = patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[2]))
+        ).to(features.device)  # [K, T]
+        tokens = features.gather(1, kept[..., None].expand(-1, -1, features.shape[2]))
         lengths = torch.full_like(kept[:, 0], kept.shape[1], dtype=torch.int32)
-        return MergedTokens(tokens, lengths, kept.int(), patches.new_zeros(images, count))
+        return MergedTokens(tokens, lengths, kept.int(), features.new_zeros(images, count))
 
     return reduce
 

@@ -6,14 +6,14 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from prumerge_fast.reduction.config import PruMergeConfig
-from prumerge_fast.reduction.dispatch import prune_merge
 from prumerge_fast.reduction.output import MergedTokens
+from prumerge_fast.reduction.reading import Patches, Reading, reduce_patches
 from prumerge_fast.towers.wrappers import unwrapped
 
 
@@ -36,18 +36,14 @@ class Views(NamedTuple):
     """What is pruned each on its own, as the tower read it: K images, crops or frames.
 
     Args:
-        query: [K, C] of the class token, or [K, 1+n, C] of all patches.
-        keys: [K, 1+n, C], the class token's first.
-        hidden: [K, 1+n, S * C].
-        valid: [K, n] bool; False for patches in the padding around an image, which take no part.
+        patches: Of each, N.
+        valid: [K, N] bool; False for patches in the padding around an image, which take no part.
         pixels: [K, 3, H, W].
         grids: Rows and columns of each image's crops, which its overview comes before; empty where
             images and frames are not cut.
     """
 
-    query: Tensor
-    keys: Tensor
-    hidden: Tensor
+    patches: Patches
     valid: Tensor
     pixels: Tensor
     grids: Sequence[tuple[int, int]] = ()
@@ -77,10 +73,39 @@ class BaseAdapter(ABC):
         """N, the number of patch tokens that one pruning chooses from, at most."""
 
     @abstractmethod
-    def query_keys_hidden(
-        self, model: Any, images: Mapping[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The arguments of `prune_merge` for these images."""
+    def reading(
+        self, model: Any, images: Mapping[str, Any], *, every_query: bool = False
+    ) -> Reading:
+        """What the tower reads of these images."""
+
+    @abstractmethod
+    def has_class_token(self, model: Any) -> bool:
+        """Whether its towers have one, whose attention can score patches."""
+
+    def scores(self, model: Any) -> Literal["class", "received"]:
+        """What `scores="auto"` stands for on this model."""
+        return "class" if self.has_class_token(model) else "received"
+
+    def default_config(self, model: Any) -> PruMergeConfig:
+        """What `patch` starts from without options.
+
+        Attention received is flat: images, and crops above all, may have no outlier by it. So the
+        number of tokens is not left to it.
+        """
+        if self.scores(model) == "class":
+            return PruMergeConfig()
+        return PruMergeConfig(variant="prumerge+", keep=0.25)
+
+    def resolved(self, model: Any, config: PruMergeConfig) -> PruMergeConfig:
+        """`config` with the scores and heads that `"auto"` stands for on this model.
+
+        Raises:
+            ValueError: It asks for the class token's attention, and there is none.
+        """
+        if config.scores == "auto":
+            config = config.replace(scores=self.scores(model))
+        scoring = config.scoring(class_token=self.has_class_token(model))
+        return config.replace(heads="separate" if scoring.separate else "joint")
 
     def overrides(self, model_class: type) -> Mapping[str, Override]:
         """Methods that a patched model of this family alone has otherwise, by name."""
@@ -110,9 +135,9 @@ class Adapter(BaseAdapter):
     pixels: ClassVar[dict[str, str]] = {"image": "pixel_values"}
     """For each modality of the family, the argument that holds its pixels."""
 
-    reduce: Callable[..., MergedTokens] = staticmethod(prune_merge)
-    """What reduces patches, called as `prune_merge` is; `reading_once` gives a copy with another.
-    """
+    reduce: Callable[[Patches, PruMergeConfig, str], MergedTokens] = staticmethod(reduce_patches)
+    """What reduces patches, called as `reduce_patches` is; `reading_once` gives a copy with
+    another."""
 
     @abstractmethod
     def tower(self, model: Any, modality: str) -> Any:
@@ -148,23 +173,26 @@ class Adapter(BaseAdapter):
         pixel_values: Tensor,
         images: Mapping[str, Any],
         every_query: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The arguments of `prune_merge` for K images, crops or frames [K, 3, height, width].
+    ) -> Reading:
+        """What the tower reads of K images, crops or frames [K, 3, height, width].
 
         Queries are those of the class token alone, or those of all patches (`every_query`).
         """
 
     @abstractmethod
-    def num_heads(self, model: Any, modality: str) -> int:
-        """Heads of the layer that queries and keys are of."""
-
-    @abstractmethod
     def views(
-        self, model: Any, modality: str, images: Mapping[str, Any], every_query: bool = False
+        self,
+        model: Any,
+        modality: str,
+        images: Mapping[str, Any],
+        config: PruMergeConfig,
+        backend: str,
     ) -> Views:
-        """What is pruned each on its own of these images or videos."""
+        """What is pruned each on its own of these images or videos, as `config` scores it."""
 
-    def reading_once(self, reduce: Callable[..., MergedTokens] | None = None) -> Adapter:
+    def reading_once(
+        self, reduce: Callable[[Patches, PruMergeConfig, str], MergedTokens] | None = None
+    ) -> Adapter:
         """A copy for one batch, whose towers it runs once however often that is encoded.
 
         Twice where some configs ask for all queries and some do not.
@@ -172,11 +200,11 @@ class Adapter(BaseAdapter):
         Args:
             reduce: What reduces patches in it; `None`: as here.
         """
-        other, found = copy.copy(self), dict[tuple[str, bool], tuple[Tensor, Tensor, Tensor]]()
+        other, found = copy.copy(self), dict[tuple[str, bool], Reading]()
 
         def read(
             model: Any, modality: str, pixels: Tensor, images: Any, every_query: bool
-        ) -> tuple[Tensor, Tensor, Tensor]:
+        ) -> Reading:
             key = modality, every_query
             if key not in found:
                 found[key] = self.read(model, modality, pixels, images, every_query)

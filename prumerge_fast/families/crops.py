@@ -15,7 +15,8 @@ from torch import Tensor
 
 from prumerge_fast.reduction.config import PruMergeConfig
 from prumerge_fast.reduction.output import MergedTokens
-from prumerge_fast.reduction.padding import prune_merge_unpadded
+from prumerge_fast.reduction.padding import reduce_unpadded
+from prumerge_fast.reduction.reading import Patches, reduce_patches
 
 
 class CropRows(NamedTuple):
@@ -100,16 +101,14 @@ def crop_layout(config: Any, counts: list[int], image_sizes: Any, patches: int) 
 
 
 def prune_crops(
-    query: Tensor,
-    keys: Tensor,
-    hidden: Tensor,
+    patches: Patches,
     layout: CropLayout,
     config: PruMergeConfig,
     backend: str,
-    reduce: Callable[..., MergedTokens],
+    reduce: Callable[[Patches, PruMergeConfig, str], MergedTokens] = reduce_patches,
 ) -> CropRows:
     """Prune and merge each crop over its patches that are read; rows in the order of crops."""
-    merged = prune_merge_unpadded(query, keys, hidden, layout.is_read, config, backend, reduce)
+    merged = reduce_unpadded(patches, layout.is_read, config, backend, reduce)
     tokens, kept = zip(*merged, strict=True)  # of each crop [m, C] and [m]
     crop = torch.arange(len(merged)).repeat_interleave(torch.tensor(list(map(len, kept))))  # [R]
     patch = torch.cat(kept).long().cpu()  # [R]

@@ -1,4 +1,4 @@
-"""LLaVA 1.5 and its kin in transformers: `LlavaForConditionalGeneration` with a CLIP tower.
+"""LLaVA 1.5 and its kin in transformers: `LlavaForConditionalGeneration`, with CLIP or SigLIP.
 
 What the other families of transformers share with it is here as well; they override the rest.
 """
@@ -16,13 +16,8 @@ from prumerge_fast.families.base import Adapter, ImageTokens, Views, inner_model
 from prumerge_fast.reduction.config import PruMergeConfig
 from prumerge_fast.reduction.output import MergedTokens
 from prumerge_fast.reduction.padding import within_budget
-from prumerge_fast.towers.clip import (
-    check_tower,
-    num_heads,
-    num_patches,
-    query_keys_hidden,
-    reading_layer,
-)
+from prumerge_fast.reduction.reading import Patches, Reading
+from prumerge_fast.towers.kinds import tower_kind
 from prumerge_fast.towers.wrappers import PARALLEL_WRAPPERS, class_names
 from prumerge_fast.versions import configured_feature_layer
 
@@ -54,12 +49,17 @@ class LlavaAdapter(Adapter):
             )
         for modality in self.pixels:
             tower = self.tower(model, modality)
-            check_tower(tower)
-            reading_layer(tower, configured_feature_layer(model.config))
-        _check_strategy(getattr(model.config, "vision_feature_select_strategy", "default"))
+            tower_kind(tower).deepest(tower, configured_feature_layer(model.config))
+        self._check_strategy(
+            model, getattr(model.config, "vision_feature_select_strategy", "default")
+        )
 
     def num_patches(self, model: Any) -> int:
-        return num_patches(self.tower(model, "image"))
+        tower = self.tower(model, "image")
+        return tower_kind(tower).num_patches(tower)
+
+    def has_class_token(self, model: Any) -> bool:
+        return tower_kind(self.tower(model, "image")).class_token
 
     def placeholder_id(self, model: Any, modality: str) -> int:
         return getattr(model.config, f"{modality}_token_id")
@@ -70,13 +70,10 @@ class LlavaAdapter(Adapter):
             for modality, pixels in self.pixels.items()
         )
 
-    def query_keys_hidden(
-        self, model: Any, images: Mapping[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return self.read(model, "image", stacked(images["pixel_values"]), images, False)
-
-    def num_heads(self, model: Any, modality: str) -> int:
-        return num_heads(self.tower(model, modality))
+    def reading(
+        self, model: Any, images: Mapping[str, Any], *, every_query: bool = False
+    ) -> Reading:
+        return self.read(model, "image", stacked(images["pixel_values"]), images, every_query)
 
     def read(
         self,
@@ -85,26 +82,37 @@ class LlavaAdapter(Adapter):
         pixel_values: Tensor,
         images: Mapping[str, Any],
         every_query: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`towers.clip.query_keys_hidden` of pixels [B, 3, height, width], as the arguments ask."""
+    ) -> Reading:
+        """`EncoderTower.read` of pixels [B, 3, height, width], as the arguments ask."""
         strategy = images.get("vision_feature_select_strategy")
         if strategy is not None:
-            _check_strategy(strategy)
+            self._check_strategy(model, strategy)
         layer = images.get("vision_feature_layer")
         if layer is None:
             layer = configured_feature_layer(model.config)
-        return query_keys_hidden(
-            self.tower(model, modality),
-            pixel_values,
-            layer,
-            interpolate_pos_encoding=bool(images.get("interpolate_pos_encoding")),
-            every_query=every_query,
+        options = {}
+        if images.get("interpolate_pos_encoding"):
+            options["interpolate_pos_encoding"] = True
+        tower = self.tower(model, modality)
+        return tower_kind(tower).read(
+            tower, pixel_values, layer, every_query=every_query, **options
         )
+
+    def _check_strategy(self, model: Any, strategy: object) -> None:
+        """Raise `UnsupportedModelError` unless it leaves all patches, and patches alone."""
+        expected, meaning = "full", "all tokens of a vision tower without a class token"
+        if self.has_class_token(model):
+            expected, meaning = "default", "patch tokens without the class token"
+        if strategy != expected:
+            raise UnsupportedModelError(
+                f"vision_feature_select_strategy: expected {expected!r} ({meaning}), got "
+                f"{strategy!r}"
+            )
 
     def encode(
         self, model: Any, images: Mapping[str, Any], config: PruMergeConfig, backend: str
     ) -> dict[str, ImageTokens]:
-        tokens = {}
+        config, tokens = self.resolved(model, config), {}
         for modality, pixels in self.pixels.items():
             encoded = _encoded(images, modality)
             if encoded is None:
@@ -131,46 +139,56 @@ class LlavaAdapter(Adapter):
         pixels = images[self.pixels[modality]]
         if modality == "image":
             if images.get("image_sizes") is not None:
-                raise ValueError("image_sizes: expected None, CLIP towers take images of one size")
+                raise ValueError("image_sizes: expected None, this tower takes images of one size")
             pictures = stacked(pixels)  # [B, 3, H, W]
             count = len(pictures)
         else:
             pictures, count = video_frames(pixels), len(pixels)  # [V * F, 3, H, W]
-        inputs = self.read(model, modality, pictures, images, config.scoring().received)
-        heads = self.num_heads(model, modality)
-        merged = self.merge(modality, *inputs, config, backend, heads)
+        reading = self.read(model, modality, pictures, images, config.scores == "received")
+        patches = self.pooled(model, modality, reading, config, backend)
+        merged = self.merge(modality, reading, patches, config, backend)
         tokens, _ = merged.packed()  # [sum of lengths, C]
         features = inner_model(model).multi_modal_projector(tokens)  # [sum of lengths, D]
         lengths = merged.lengths.view(count, -1).sum(1).tolist()
-        each = self.placeholders(modality, inputs[1].shape[1] - 1) * (len(pictures) // count)
+        each = self.placeholders(modality, patches.features.shape[1]) * (len(pictures) // count)
         return ImageTokens(features, lengths, [each] * count)
+
+    def pooled(
+        self, model: Any, modality: str, reading: Reading, config: PruMergeConfig, backend: str
+    ) -> Patches:
+        """The patches that are pruned: those that were read, or what the model makes of them."""
+        return reading
 
     def merge(
         self,
         modality: str,
-        query: Tensor,
-        keys: Tensor,
-        hidden: Tensor,
+        reading: Reading,
+        patches: Patches,
         config: PruMergeConfig,
         backend: str,
-        heads: int,
     ) -> MergedTokens:
-        """`prune_merge` of what `read` returned; of fewer patches than `keep`, all are kept."""
-        config = within_budget(config, keys.shape[1] - 1)
-        return self.reduce(query, keys, hidden, config, num_heads=heads, backend=backend)
+        """`reduce_patches` of what was read and pooled; of fewer than `keep`, all are kept."""
+        config = within_budget(config, patches.features.shape[1])
+        return self.reduce(patches, config, backend)
 
     def placeholders(self, modality: str, patches: int) -> int:
         """Placeholders in the caller's prompt of an image or a frame with so many patches."""
         return patches
 
     def views(
-        self, model: Any, modality: str, images: Mapping[str, Any], every_query: bool = False
+        self,
+        model: Any,
+        modality: str,
+        images: Mapping[str, Any],
+        config: PruMergeConfig,
+        backend: str,
     ) -> Views:
-        given = images[self.pixels[modality]]
+        given, config = images[self.pixels[modality]], self.resolved(model, config)
         pixels = stacked(given) if modality == "image" else video_frames(given)  # [K, 3, H, W]
-        query, keys, hidden = self.read(model, modality, pixels, images, every_query)
-        valid = torch.ones(hidden.shape[0], hidden.shape[1] - 1, dtype=torch.bool)  # [K, n]
-        return Views(query, keys, hidden, valid, pixels)
+        reading = self.read(model, modality, pixels, images, config.scores == "received")
+        patches = self.pooled(model, modality, reading, config, backend)
+        valid = torch.ones(patches.features.shape[:2], dtype=torch.bool)  # [K, N]
+        return Views(patches, valid, pixels)
 
 
 def stacked(pixel_values: Any) -> Tensor:
@@ -224,14 +242,6 @@ def _encoded(images: Mapping[str, Any], modality: str) -> ImageTokens | None:
             f"got {len(placeholders)}"
         )
     return ImageTokens(torch.cat(features), lengths, placeholders.tolist())
-
-
-def _check_strategy(strategy: object) -> None:
-    if strategy != "default":
-        raise UnsupportedModelError(
-            "vision_feature_select_strategy: expected 'default' (patch tokens without the class "
-            f"token), got {strategy!r}"
-        )
 
 
 ADAPTER = LlavaAdapter()

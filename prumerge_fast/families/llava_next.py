@@ -12,7 +12,6 @@ none, as in the model.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +29,7 @@ from prumerge_fast.families.crops import (
 )
 from prumerge_fast.families.llava import LlavaAdapter
 from prumerge_fast.reduction.config import PruMergeConfig
+from prumerge_fast.reduction.reading import Reading
 
 
 class LlavaNextAdapter(LlavaAdapter):
@@ -42,7 +42,7 @@ class LlavaNextAdapter(LlavaAdapter):
         pixel_values: Tensor,
         images: Mapping[str, Any],
         every_query: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Reading:
         side = model.config.vision_config.image_size
         if images.get("interpolate_pos_encoding") and pixel_values.shape[-2:] != (side, side):
             raise ValueError(
@@ -52,13 +52,13 @@ class LlavaNextAdapter(LlavaAdapter):
             )
         return super().read(model, modality, pixel_values, images, every_query)
 
-    def query_keys_hidden(
-        self, model: Any, images: Mapping[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def reading(
+        self, model: Any, images: Mapping[str, Any], *, every_query: bool = False
+    ) -> Reading:
         """Of every crop; of images [B, crops, 3, height, width], crops that only pad among them."""
         pixel_values = images["pixel_values"]
         crops = pixel_values.flatten(0, 1) if pixel_values.ndim == 5 else pixel_values
-        return self.read(model, "image", crops, images, False)
+        return self.read(model, "image", crops, images, every_query)
 
     def encode_pixels(
         self,
@@ -71,24 +71,29 @@ class LlavaNextAdapter(LlavaAdapter):
         if modality != "image":
             return super().encode_pixels(model, modality, images, config, backend)
         crops, layout = self._cut(model, images)
-        inputs = self.read(model, "image", crops, images, config.scoring().received)
-        reduce = functools.partial(self.reduce, num_heads=self.num_heads(model, "image"))
-        rows = prune_crops(*inputs, layout, config, backend, reduce)
+        reading = self.read(model, "image", crops, images, config.scores == "received")
+        rows = prune_crops(reading, layout, config, backend, self.reduce)
 
         features = inner_model(model).multi_modal_projector(rows.tokens)  # [R, D]
         features, lengths = with_newlines(features, _newline(model), rows, layout, config.order)
         return ImageTokens(features, lengths, [len(places) for places in layout.images])
 
     def views(
-        self, model: Any, modality: str, images: Mapping[str, Any], every_query: bool = False
+        self,
+        model: Any,
+        modality: str,
+        images: Mapping[str, Any],
+        config: PruMergeConfig,
+        backend: str,
     ) -> Views:
         """Of images: all overviews and crops, but for those that only pad a batch."""
         if modality != "image":
-            return super().views(model, modality, images, every_query)
+            return super().views(model, modality, images, config, backend)
         crops, layout = self._cut(model, images)
         grids = [crop_grid(model.config, size) for size in images["image_sizes"]]
-        inputs = self.read(model, "image", crops, images, every_query)
-        return Views(*inputs, layout.is_read, crops, grids)
+        every_query = self.resolved(model, config).scores == "received"
+        reading = self.read(model, "image", crops, images, every_query)
+        return Views(reading, layout.is_read, crops, grids)
 
     def _cut(self, model: Any, images: Mapping[str, Any]) -> tuple[Tensor, CropLayout]:
         """The crops [K, 3, H, W] of all images, and where the model reads their patches."""

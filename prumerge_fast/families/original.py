@@ -7,7 +7,6 @@ with labels and masks, so that only the features differ under the patch. The met
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -19,9 +18,8 @@ from prumerge_fast.errors import UnsupportedModelError
 from prumerge_fast.families.arguments import named_arguments
 from prumerge_fast.families.base import BaseAdapter, Override
 from prumerge_fast.families.original_tower import ADAPTER as TOWER
-from prumerge_fast.reduction.dispatch import prune_merge
-from prumerge_fast.reduction.padding import prune_merge_unpadded
-from prumerge_fast.towers.clip import num_heads
+from prumerge_fast.reduction.padding import reduce_unpadded
+from prumerge_fast.reduction.reading import Reading
 
 Crop = tuple[Tensor, Tensor]
 """Projected tokens [m, D] of a crop, and the patch index [m] of each, -1 for the supplement."""
@@ -48,10 +46,13 @@ class OriginalAdapter(BaseAdapter):
     def device(self, model: Any) -> torch.device:
         return TOWER.device(model.get_vision_tower())
 
-    def query_keys_hidden(
-        self, model: Any, images: Mapping[str, Any], every_query: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return TOWER.query_keys_hidden(model.get_vision_tower(), images, every_query)
+    def has_class_token(self, model: Any) -> bool:
+        return TOWER.has_class_token(model.get_vision_tower())
+
+    def reading(
+        self, model: Any, images: Mapping[str, Any], *, every_query: bool = False
+    ) -> Reading:
+        return TOWER.reading(model.get_vision_tower(), images, every_query=every_query)
 
     def overrides(self, model_class: type) -> Mapping[str, Override]:
         return {
@@ -144,13 +145,13 @@ def _encode_crops(
 ) -> list[Crop]:
     """Encode, prune, merge and project crops [B, 3, S, S], of which patches [B, N] are valid."""
     state = model.prumerge
-    every_query = state.config.scoring().received
-    inputs = adapter.query_keys_hidden(model, {"pixel_values": pixels}, every_query)
+    config = adapter.resolved(model, state.config)
+    reading = adapter.reading(
+        model, {"pixel_values": pixels}, every_query=config.scores == "received"
+    )
     if valid is None:
         valid = torch.ones(len(pixels), adapter.num_patches(model), dtype=torch.bool)
-    heads = num_heads(model.get_vision_tower().vision_tower)
-    reduce = functools.partial(prune_merge, num_heads=heads)
-    merged = prune_merge_unpadded(*inputs, valid, state.config, state.backend, reduce)
+    merged = reduce_unpadded(reading, valid, config, state.backend)
     packed = torch.cat([tokens for tokens, _ in merged]).to(pixels.dtype)  # [sum of m, C]
     projected = model.get_model().mm_projector(packed)  # [sum of m, D]
     split = projected.split([len(tokens) for tokens, _ in merged])

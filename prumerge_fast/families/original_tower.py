@@ -11,14 +11,10 @@ from torch import Tensor
 from prumerge_fast.errors import UnsupportedModelError
 from prumerge_fast.families.arguments import named_arguments
 from prumerge_fast.families.base import BaseAdapter, Override
-from prumerge_fast.reduction.dispatch import prune_merge
-from prumerge_fast.towers.clip import (
-    check_class,
-    check_tower,
-    layer_index,
-    num_heads,
-    query_keys_hidden,
-)
+from prumerge_fast.reduction.reading import Reading, reduce_patches
+from prumerge_fast.towers.encoder import layer_index
+from prumerge_fast.towers.kinds import tower_kind, unknown
+from prumerge_fast.towers.wrappers import class_names, unwrapped
 
 
 class OriginalTowerAdapter(BaseAdapter):
@@ -29,15 +25,21 @@ class OriginalTowerAdapter(BaseAdapter):
     """
 
     def check(self, model: Any) -> None:
-        check_class(model, "CLIPVisionTower")
+        if "CLIPVisionTower" not in class_names(model):
+            raise UnsupportedModelError(
+                f"vision tower: expected a CLIPVisionTower, got {unknown(model)}"
+            )
         owner = next(cls for cls in type(model).__mro__ if "forward" in vars(cls))
         if owner.__name__ != "CLIPVisionTower":  # such as CLIPVisionTowerS2, of several scales
             raise UnsupportedModelError(
                 "vision tower: expected the features of CLIPVisionTower, got a "
                 f"{owner.__name__}, whose forward computes others"
             )
-        if model.is_loaded:
-            check_tower(model.vision_tower)
+        if model.is_loaded and not tower_kind(model.vision_tower).class_token:
+            raise UnsupportedModelError(
+                "vision tower: expected a CLIPVisionModel in the CLIPVisionTower, got "
+                f"{unwrapped(model.vision_tower).__class__.__name__}"
+            )
         layer_index(model.config.num_hidden_layers, model.select_layer, "mm_vision_select_layer")
         if model.select_feature != "patch":
             raise UnsupportedModelError(
@@ -51,9 +53,12 @@ class OriginalTowerAdapter(BaseAdapter):
     def device(self, model: Any) -> torch.device:
         return model.device if model.is_loaded else torch.device("cpu")  # where loading puts it
 
-    def query_keys_hidden(
-        self, model: Any, images: Mapping[str, Any], every_query: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def has_class_token(self, model: Any) -> bool:
+        return True
+
+    def reading(
+        self, model: Any, images: Mapping[str, Any], *, every_query: bool = False
+    ) -> Reading:
         pixels, size = images["pixel_values"], model.config.image_size
         shape = (model.config.num_channels, size, size)
         if not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[1:] != shape:
@@ -63,7 +68,7 @@ class OriginalTowerAdapter(BaseAdapter):
                 f"tower, got {got}"
             )
         with torch.no_grad():  # as the tower's own forward
-            return query_keys_hidden(
+            return tower_kind(model.vision_tower).read(
                 model.vision_tower,
                 pixels.to(model.device, model.dtype),
                 model.select_layer,
@@ -87,10 +92,11 @@ def _forward(
         return []
     pixels = torch.stack(images) if listed else images  # [B, 3, S, S]
     state = tower.prumerge
-    every_query = state.config.scoring().received
-    inputs = adapter.query_keys_hidden(tower, {"pixel_values": pixels}, every_query)
-    heads = num_heads(tower.vision_tower)
-    merged = prune_merge(*inputs, state.config, num_heads=heads, backend=state.backend)
+    config = adapter.resolved(tower, state.config)
+    reading = adapter.reading(
+        tower, {"pixel_values": pixels}, every_query=config.scores == "received"
+    )
+    merged = reduce_patches(reading, config, state.backend)
     state.last_lengths = tuple(merged.lengths.tolist())
     features = [
         tokens[None].to(image.dtype) for tokens, image in zip(merged.split(), images, strict=True)

@@ -9,11 +9,11 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from prumerge_fast.families.base import inner_model
 from prumerge_fast.families.llava import IMAGES_AND_VIDEOS, LlavaAdapter
 from prumerge_fast.reduction.output import MergedTokens
+from prumerge_fast.reduction.reading import Patches, Reading
 
 
 class VideoLlavaAdapter(LlavaAdapter):
@@ -39,14 +39,14 @@ class VideoLlavaAdapter(LlavaAdapter):
         return {**images, "pixel_values": named_as_in_4}
 
     def merge(
-        self, modality: str, query: Tensor, keys: Tensor, hidden: Tensor, *options: Any
+        self, modality: str, reading: Reading, patches: Patches, *options: Any
     ) -> MergedTokens:
-        merged = super().merge(modality, query, keys, hidden, *options)
+        merged = super().merge(modality, reading, patches, *options)
         if modality == "image":
             return merged
         return dataclasses.replace(
             merged,
-            tokens=torch.cat((hidden[:, :1], merged.tokens), 1),  # [V * F, 1 + capacity, C]
+            tokens=torch.cat((reading.hidden[:, :1], merged.tokens), 1),  # [V * F, 1+capacity, C]
             lengths=merged.lengths + 1,
         )
 

@@ -1,7 +1,7 @@
 """ViP-LLaVA in transformers: `VipLlavaForConditionalGeneration`, with several feature layers.
 
 The features of a patch are those of all layers side by side; what scores and joins patches comes
-from the layer that reads the deepest of them (`towers.clip.query_keys_hidden`).
+from the layer that reads the deepest of them (`EncoderTower.read`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from prumerge_fast.families.llava import LlavaAdapter
+from prumerge_fast.reduction.reading import Reading
 
 
 class VipLlavaAdapter(LlavaAdapter):
@@ -26,7 +27,7 @@ class VipLlavaAdapter(LlavaAdapter):
         pixel_values: Tensor,
         images: Mapping[str, Any],
         every_query: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Reading:
         if images.get("vision_feature_layers") is not None:
             images = {**images, "vision_feature_layer": images["vision_feature_layers"]}
         return super().read(model, modality, pixel_values, images, every_query)

@@ -33,9 +33,9 @@ from prumerge_fast.families.base import inner_model
 from prumerge_fast.harness.models import family_of
 from prumerge_fast.patching.patch import patched
 from prumerge_fast.reduction.config import PruMergeConfig
-from prumerge_fast.towers.clip import reading_layer
+from prumerge_fast.towers.kinds import tower_kind
 from prumerge_fast.towers.wrappers import unwrapped
-from prumerge_fast.versions import cache_of, clip_transformer, configured_feature_layer
+from prumerge_fast.versions import cache_of, configured_feature_layer
 
 
 @dataclass(frozen=True)
@@ -165,13 +165,12 @@ class _Clock:
         layer = configured_feature_layer(llava.config)
         towers = {id(tower): tower for tower in (family.tower(llava, m) for m in family.pixels)}
         for tower in towers.values():
-            transformer: Any = clip_transformer(unwrapped(tower))
-            self._before(transformer.embeddings, "vision")
+            kind = tower_kind(tower)
+            self._before(kind.first(tower), "vision")
             if self._pruned:
-                # The tower ends with the projections that the class attention needs.
-                attention = transformer.encoder.layers[reading_layer(tower, layer)].self_attn
-                self._after(attention.q_proj, "prune_merge")
-                self._after(attention.k_proj, "prune_merge")
+                # The tower ends with the last product that scores need.
+                for module in kind.last(tower, layer):
+                    self._after(module, "prune_merge")
         pooling = family.pooling(llava)
         if pooling is not None and self._pruned:  # unpatched, the stage goes on to the projector
             self._before(pooling, "vision")

@@ -80,7 +80,9 @@ def patch(
     Args:
         model: A model of a supported family, or a wrapper of one, PEFT's or that of
             `torch.compile`; its weights are not touched.
-        config: The options; `None` for the defaults, or those the model is patched with.
+        config: The options; `None` for the defaults, or those the model is patched with. The
+            defaults of models whose patches are scored by the attention that they receive, for want
+            of a class token, are `PruMergeConfig(variant="prumerge+", keep=0.25)`.
         backend: `"auto"`, `"triton"`, `"torch"` or `"reference"`; `None` for `"auto"`, or the one
             that the model is patched with.
         outputs: `"caller"`: logits and hidden states of the caller's length, as above. `"shrunk"`:
@@ -103,10 +105,9 @@ def patch(
     adapter = adapter_for(instance)
     current = instance.prumerge if is_patched(instance) else None
     if config is None:
-        config = PruMergeConfig() if current is None else current.config
+        config = None if current is None else current.config
     elif not isinstance(config, PruMergeConfig):
         raise TypeError(f"config: expected a PruMergeConfig or None, got {type(config).__name__}")
-    config = config.replace(**config_fields)
     if backend is None:
         backend = "auto" if current is None else current.backend
     if outputs is None:
@@ -118,6 +119,10 @@ def patch(
         )
     check_adapters(model, "model")
     adapter.check(instance)
+    if config is None:
+        config = adapter.default_config(instance)
+    config = config.replace(**config_fields)
+    adapter.resolved(instance, config)  # raises where it cannot score as asked
     config.budget(adapter.num_patches(instance))  # raises when `keep` does not fit
     resolve_backend(backend, adapter.device(instance))
     before = _patched_parts(instance)

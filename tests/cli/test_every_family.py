@@ -19,11 +19,11 @@ from tiny_families import FAMILIES
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from prumerge_fast.cli import main
-from prumerge_fast.families import llava
 from prumerge_fast.harness.models import load
 from prumerge_fast.harness.prompts import prepare
 from prumerge_fast.harness.videos import read_video, sampled
 from prumerge_fast.patching.patch import patched
+from prumerge_fast.towers.encoder import EncoderTower
 
 NAMES = ["ViP-LLaVA", "LLaVA-NeXT", "Video-LLaVA", "LLaVA-NeXT-Video"]
 OF_VIDEOS = [name for name in NAMES if "video" in FAMILIES[name].kinds]
@@ -533,11 +533,13 @@ def test_evaluate(saved, pictures, films, tmp_path, capsys, monkeypatch):
     options = ("--tokens", BUDGET, "--batch-size", len(asked), "--max-new-tokens", ANSWER)
     command = ("evaluate", *given, *options, "-o", tmp_path / "out.json", "--json")
     towers = []
-    read = llava.query_keys_hidden
+    read = EncoderTower.read
     monkeypatch.setattr(
-        llava,
-        "query_keys_hidden",
-        lambda tower, *given, **options: towers.append(tower) or read(tower, *given, **options),
+        EncoderTower,
+        "read",
+        lambda kind, tower, *given, **options: (
+            towers.append(tower) or read(kind, tower, *given, **options)
+        ),
     )
     assert main([str(argument) for argument in command]) == 0, capsys.readouterr().err
     assert len(towers) == len(FAMILIES[saved.name].kinds)  # once, for all policies

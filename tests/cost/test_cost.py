@@ -19,12 +19,13 @@ from transformers import (
     Qwen2Config,
 )
 
-from prumerge_fast import PruMergeConfig, cost, patched, prune_merge
+from prumerge_fast import PruMergeConfig, cost, patched
 from prumerge_fast.cli import main
 from prumerge_fast.cost.published import Accounting
 from prumerge_fast.demo import MODEL_DIR
 from prumerge_fast.families import adapter_for
 from prumerge_fast.harness.stages import cache_bytes
+from prumerge_fast.reduction.reading import reduce_patches
 
 ROOT = Path(__file__).parents[2]
 TEXT = 11
@@ -74,10 +75,7 @@ def test_operations_are_those_that_pytorch_counts(model, config):
         found["vision"], encoded = counted(
             lambda: adapter.read(model, "image", pixels, {}, config.scoring().received)
         )
-        heads = adapter.num_heads(model, "image")
-        found["prune_merge"], merged = counted(
-            lambda: prune_merge(*encoded, config, num_heads=heads, backend="torch")
-        )
+        found["prune_merge"], merged = counted(lambda: reduce_patches(encoded, config, "torch"))
         assert merged.lengths.item() == estimate.visual_tokens
     features = torch.randn(1, estimate.visual_tokens, shape.tower.width)
     found["projector"], visual = counted(lambda: model.model.multi_modal_projector(features))

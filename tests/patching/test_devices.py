@@ -13,7 +13,7 @@ from tiny_models import EVERYTHING, PIXELS, PROMPTS, batch, tiny_llava
 
 from prumerge_fast.errors import UnsupportedModelError
 from prumerge_fast.patching.patch import patch, unpatch
-from prumerge_fast.versions import clip_transformer
+from prumerge_fast.versions import vision_transformer
 
 INPUTS: dict[str, Any] = {**batch(PROMPTS), "pixel_values": PIXELS}
 KEPT = INPUTS["attention_mask"].bool()
@@ -92,7 +92,7 @@ def test_sharded_language_models(first: str) -> None:
         model = tiny_llava()
         if first == "patch":
             patch(model)
-        layers = clip_transformer(model.model.vision_tower).encoder.layers if of_tower else []
+        layers = vision_transformer(model.model.vision_tower).encoder.layers if of_tower else []
         for layer in (*layers, *model.model.language_model.layers):
             fully_shard(layer)
         fully_shard(model)
@@ -105,13 +105,13 @@ def test_sharded_language_models(first: str) -> None:
     torch.testing.assert_close(actual.logits, expected.logits)
     actual.loss.backward()
     expected.loss.backward()
-    weight = clip_transformer(model.model.vision_tower).encoder.layers[0].mlp.fc1.weight
+    weight = vision_transformer(model.model.vision_tower).encoder.layers[0].mlp.fc1.weight
     assert weight.grad.full_tensor().any()
     with pytest.raises(UnsupportedModelError, match="vision tower: expected layer 3 whole, got it"):
         sharded(of_tower=True)(**INPUTS)
 
     model = patch(tiny_llava())
-    attention = clip_transformer(model.model.vision_tower).encoder.layers[3].self_attn
+    attention = vision_transformer(model.model.vision_tower).encoder.layers[3].self_attn
     for projection in (attention.q_proj, attention.k_proj):  # which gather themselves
         fully_shard(projection)
     torch.testing.assert_close(model(**INPUTS).logits, expected.logits)

@@ -16,7 +16,7 @@ from transformers import LlavaForConditionalGeneration
 from prumerge_fast.errors import UnsupportedModelError
 from prumerge_fast.families import adapter_for
 from prumerge_fast.patching.patch import patch, unpatch
-from prumerge_fast.versions import clip_transformer
+from prumerge_fast.versions import vision_transformer
 
 INPUTS: dict[str, Any] = {**batch(PROMPTS), "pixel_values": PIXELS}
 CPU = torch.device("cpu")
@@ -129,7 +129,7 @@ def test_adapters_of_the_tower_are_offloaded(offload: Callable[..., Any], tmp_pa
 def test_weights_are_put_away_after_an_error() -> None:
     model = accelerate.cpu_offload(tiny_llava(), CPU, preload_module_classes=["CLIPEncoderLayer"])
     gone = away(patch(model))
-    reader = clip_transformer(model.model.vision_tower).encoder.layers[3]
+    reader = vision_transformer(model.model.vision_tower).encoder.layers[3]
 
     def fail(module: Any, args: Any) -> None:
         assert not away(reader)

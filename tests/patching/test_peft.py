@@ -144,9 +144,9 @@ def test_everything_kept_equals_the_adapted_model() -> None:
 
 def test_encode_sees_the_towers_adapter() -> None:
     wrapped = filled(get_peft_model(tiny_llava(), lora()))
-    adapted = encode(wrapped, PIXELS)
+    adapted = encode(wrapped, PIXELS)[:3]
     with wrapped.disable_adapter():
-        for with_lora, without in zip(adapted, encode(wrapped, PIXELS), strict=True):
+        for with_lora, without in zip(adapted, encode(wrapped, PIXELS)[:3], strict=True):
             assert not torch.allclose(with_lora, without)
 
 

@@ -1,17 +1,22 @@
-"""`prune_merge_unpadded`: patches that are padding might as well not be there."""
+"""`reduce_unpadded`: patches that are padding might as well not be there."""
 
 import pytest
 import torch
 
 from prumerge_fast.reduction.config import PruMergeConfig
 from prumerge_fast.reduction.dispatch import prune_merge
-from prumerge_fast.reduction.padding import prune_merge_unpadded
+from prumerge_fast.reduction.padding import reduce_unpadded
+from prumerge_fast.reduction.reading import Reading
 
 
 def inputs(batch: int = 5) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     keys = 3 * torch.randn(batch, 21, 8, generator=generator)
     return keys[:, 0].clone(), keys, torch.randn(batch, 21, 8, generator=generator)
+
+
+def reading(*tensors: torch.Tensor) -> Reading:
+    return Reading(*tensors, num_heads=2, class_token=True)
 
 
 VALID = torch.ones(5, 20, dtype=torch.bool)
@@ -29,7 +34,7 @@ VALID[4] = False
 def test_equals_images_without_the_padding(options: dict) -> None:
     config = PruMergeConfig(neighbours=3, **options)
     query, keys, hidden = inputs()
-    results = prune_merge_unpadded(query, keys, hidden, VALID, config, "torch")
+    results = reduce_unpadded(reading(query, keys, hidden), VALID, config, "torch")
     assert [len(tokens) > 0 for tokens, _ in results] == [True] * 4 + [False]
     for image, (tokens, kept) in enumerate(results[:4]):
         patches = VALID[image].nonzero()[:, 0]
@@ -48,10 +53,10 @@ def test_equals_images_without_the_padding(options: dict) -> None:
 
 def test_padding_reaches_nothing() -> None:
     query, keys, hidden = inputs()
-    before = prune_merge_unpadded(query, keys, hidden, VALID, PruMergeConfig(), "torch")
+    before = reduce_unpadded(reading(query, keys, hidden), VALID, PruMergeConfig(), "torch")
     padding = torch.nn.functional.pad(~VALID, (1, 0))[..., None]  # [B, 1+N, 1]
     worse = keys.masked_fill(padding, torch.nan), hidden.masked_fill(padding, torch.nan)
-    after = prune_merge_unpadded(query, *worse, VALID, PruMergeConfig(), "torch")
+    after = reduce_unpadded(reading(query, *worse), VALID, PruMergeConfig(), "torch")
     for (tokens, kept), (same_tokens, same_kept) in zip(before, after, strict=True):
         assert torch.equal(tokens, same_tokens)
         assert torch.equal(kept, same_kept)

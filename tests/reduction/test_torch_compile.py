@@ -9,7 +9,8 @@ from tiny_models import images, tiny_llava
 
 from prumerge_fast.reduction.config import PruMergeConfig
 from prumerge_fast.reduction.dispatch import prune_merge
-from prumerge_fast.towers.clip import query_keys_hidden
+from prumerge_fast.reduction.reading import reduce_patches
+from prumerge_fast.towers.clip import TOWER
 
 
 @pytest.fixture(autouse=True)
@@ -75,8 +76,7 @@ def test_vision_path():
     model, config = tiny_llava(), PruMergeConfig(keep=8)
 
     def reduced(pixel_values):
-        features = query_keys_hidden(model.model.vision_tower, pixel_values, -2)
-        return prune_merge(*features, config)
+        return reduce_patches(TOWER.read(model.model.vision_tower, pixel_values, -2), config)
 
     whole = torch.compile(reduced, fullgraph=True, backend="aot_eager", dynamic=True)
     with torch.no_grad():

@@ -6,23 +6,25 @@ import pytest
 import torch
 from tiny_models import PATCHES, images, prompt, tiny_llava
 from torch import nn
-from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from prumerge_fast.errors import UnsupportedModelError
 from prumerge_fast.families.encode import encode
 from prumerge_fast.patching.patch import patch
-from prumerge_fast.towers.clip import check_tower, num_patches, query_keys_hidden, reading_layer
-from prumerge_fast.versions import clip_transformer
+from prumerge_fast.towers.clip import TOWER
+from prumerge_fast.towers.kinds import tower_kind
+from prumerge_fast.versions import vision_transformer
 
 LAYERS = 4
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("feature_layer", [-2, -4, -5, 0, 2, 3])
+@pytest.mark.parametrize("feature_layer", [-1, -2, -4, -5, 0, 2, 3, 4])
 def test_equals_the_whole_tower(attention: str, feature_layer: int) -> None:
     tower = tiny_llava(attention=attention).model.vision_tower
     pixel_values = images(3)
-    reader = clip_transformer(tower).encoder.layers[feature_layer % (LAYERS + 1)]
+    reader = vision_transformer(tower).encoder.layers[
+        min(feature_layer % (LAYERS + 1), LAYERS - 1)  # where none reads, the one that writes
+    ]
     seen = {}
     hooks = [
         getattr(reader.self_attn, name).register_forward_hook(
@@ -34,7 +36,7 @@ def test_equals_the_whole_tower(attention: str, feature_layer: int) -> None:
         states = tower(pixel_values, output_hidden_states=True).hidden_states
         for hook in hooks:
             hook.remove()
-        query, keys, hidden = query_keys_hidden(tower, pixel_values, feature_layer)
+        query, keys, hidden, *_ = TOWER.read(tower, pixel_values, feature_layer)
     assert hidden.shape == (3, 1 + PATCHES, 64)
     assert torch.equal(hidden, states[feature_layer])
     assert torch.equal(keys, seen["k_proj"])
@@ -46,8 +48,8 @@ def test_several_feature_layers() -> None:
     tower, pixel_values, layers = tiny_llava().model.vision_tower, images(3), [-3, 0, 3, 1]
     with torch.no_grad():
         states = tower(pixel_values, output_hidden_states=True).hidden_states
-        query, keys, hidden = query_keys_hidden(tower, pixel_values, layers)
-        of_the_deepest = query_keys_hidden(tower, pixel_values, 3)
+        query, keys, hidden, *_ = TOWER.read(tower, pixel_values, layers)
+        of_the_deepest = TOWER.read(tower, pixel_values, 3)
     assert torch.equal(hidden, torch.cat([states[layer] for layer in layers], -1))
     assert torch.equal(query, of_the_deepest[0])
     assert torch.equal(keys, of_the_deepest[1])
@@ -55,7 +57,7 @@ def test_several_feature_layers() -> None:
 
 def test_skips_the_rest_of_the_reading_layer() -> None:
     model = patch(tiny_llava())
-    tower = clip_transformer(model.model.vision_tower)
+    tower = vision_transformer(model.model.vision_tower)
     last = tower.encoder.layers[-1]
 
     def refuse(module: nn.Module, _args: object) -> None:
@@ -86,7 +88,7 @@ def test_calls_projections_as_modules() -> None:
 
     model = tiny_llava()
     before = encode(model, images(1))
-    attention = clip_transformer(model.model.vision_tower).encoder.layers[-1].self_attn
+    attention = vision_transformer(model.model.vision_tower).encoder.layers[-1].self_attn
     attention.q_proj, attention.k_proj = Shifted(attention.q_proj, 1), Shifted(attention.k_proj, 2)
     after = encode(model, images(1))
     torch.testing.assert_close(after[0], before[0] + 1)
@@ -95,35 +97,27 @@ def test_calls_projections_as_modules() -> None:
 
 
 def test_num_patches() -> None:
-    assert num_patches(tiny_llava().model.vision_tower) == PATCHES
+    assert TOWER.num_patches(tiny_llava().model.vision_tower) == PATCHES
 
 
 @pytest.mark.parametrize(
     ("feature_layer", "reason"),
     [
-        (-1, "no layer reads the output of the last of 4 layers"),
-        (4, "no layer reads"),
-        (5, "from -5 to 3"),
-        (-6, "from -5 to 3"),
-        ([-2, -1], "no layer reads"),
-        ([-2, 7], "from -5 to 3"),
+        (5, "from -5 to 4"),
+        (-6, "from -5 to 4"),
+        ([-2, 7], "from -5 to 4"),
         ([], r"an int or several, got \[\]"),
         ([-2, True], r"\[1\]: expected one int"),
         (True, "one int"),
         ("last", "one int"),
     ],
 )
-def test_feature_layer_that_nothing_reads(feature_layer: object, reason: str) -> None:
+def test_feature_layer_that_is_not_there(feature_layer: object, reason: str) -> None:
     tower = tiny_llava().model.vision_tower
     with pytest.raises(UnsupportedModelError, match=f"vision_feature_layer.*{reason}"):
-        reading_layer(tower, feature_layer)
+        TOWER.deepest(tower, feature_layer)
 
 
-def test_tower_without_class_token() -> None:
-    config = SiglipVisionConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
-    )
-    with pytest.raises(UnsupportedModelError, match=r"SiglipVisionModel.*no class token"):
-        check_tower(SiglipVisionModel(config))
+def test_unknown_tower() -> None:
     with pytest.raises(UnsupportedModelError, match="Linear, which is not known"):
-        check_tower(nn.Linear(2, 2))
+        tower_kind(nn.Linear(2, 2))

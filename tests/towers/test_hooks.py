@@ -12,7 +12,7 @@ from tiny_models import PATCHES, PIXELS, PROMPTS, batch, tiny_llava
 from torch import nn
 
 from prumerge_fast.patching.patch import patch
-from prumerge_fast.versions import clip_transformer
+from prumerge_fast.versions import vision_transformer
 
 INPUTS: dict[str, Any] = {**batch(PROMPTS), "pixel_values": PIXELS}
 # Paths in the tower, of 4 layers, the last of which reads the features.
@@ -28,7 +28,7 @@ def wrapped(tower: nn.Module) -> Any:
 
 
 def modules_of(model: Any) -> dict[str, nn.Module]:
-    transformer = clip_transformer(model.model.vision_tower)
+    transformer = vision_transformer(model.model.vision_tower)
     modules = {path: transformer.get_submodule(path) for path in [*WHOLE[1:], *AS_WITHOUT]}
     for path in NOT_RUN + READER:
         modules[f"reader.{path}"] = transformer.get_submodule(f"encoder.layers.3.{path}".strip("."))
@@ -99,7 +99,7 @@ def test_tower_and_encoder(
         model.model.vision_tower = wrap(model.model.vision_tower)
     expected = patch(model, keep=5)(**INPUTS).logits
     tower = model.model.vision_tower
-    transformer = clip_transformer(tower)
+    transformer = vision_transformer(tower)
     places = {"tower": tower, "transformer": transformer, "encoder": transformer.encoder}
     seen = watch({place: places[place]})
     before = []
@@ -144,7 +144,7 @@ def test_hooks_on_all_modules_change_nothing_in_what_runs() -> None:
         model(**INPUTS)
     finally:
         hook.remove()
-    transformer = clip_transformer(model.model.vision_tower)
+    transformer = vision_transformer(model.model.vision_tower)
     reader = transformer.encoder.layers[3]
     assert transformer.embeddings in called
     assert called.count(reader.self_attn.k_proj) == 1
@@ -155,7 +155,7 @@ def test_hooks_on_all_modules_change_nothing_in_what_runs() -> None:
 def test_backward_hooks_on_the_tower_fire_for_nobody() -> None:
     """The last layer's output, which they would hang on, is in no loss, patched or not."""
     model, seen = tiny_llava(), []
-    for module in (model.model.vision_tower, clip_transformer(model.model.vision_tower).encoder):
+    for module in (model.model.vision_tower, vision_transformer(model.model.vision_tower).encoder):
         module.register_full_backward_hook(lambda *_: seen.append("full"))
         module.register_full_backward_pre_hook(lambda *_: seen.append("before"))
     inputs = {**INPUTS, "pixel_values": PIXELS.clone().requires_grad_()}

@@ -17,9 +17,9 @@ from torch import nn
 from prumerge_fast.errors import UnsupportedModelError
 from prumerge_fast.families.encode import encode
 from prumerge_fast.patching.patch import patch, unpatch
-from prumerge_fast.towers.clip import num_patches, query_keys_hidden
+from prumerge_fast.towers.clip import TOWER
 from prumerge_fast.towers.wrappers import unwrapped, wrapping
-from prumerge_fast.versions import clip_transformer
+from prumerge_fast.versions import vision_transformer
 
 INPUTS: dict[str, Any] = {**batch(PROMPTS), "pixel_values": PIXELS}
 
@@ -86,9 +86,9 @@ def test_answers_as_without_the_wrapper(name: str) -> None:
     assert torch.equal(logits(model), expected)
     answers = [m.generate(**INPUTS, max_new_tokens=3) for m in (model, bare)]
     assert torch.equal(*answers)
-    for one, other in zip(encode(model, PIXELS), encode(bare, PIXELS), strict=True):
+    for one, other in zip(encode(model, PIXELS)[:3], encode(bare, PIXELS)[:3], strict=True):
         assert torch.equal(one, other)
-    assert num_patches(tower) == num_patches(bare.model.vision_tower)
+    assert TOWER.num_patches(tower) == TOWER.num_patches(bare.model.vision_tower)
 
     assert unpatch(model) is model
     assert model.model.vision_tower is tower
@@ -136,7 +136,7 @@ def test_the_copy_that_is_active() -> None:
 def test_modules_of_a_tower_that_are_compiled() -> None:
     expected = logits(patch(tiny_llava(), keep=5))
     model = tiny_llava()
-    encoder = clip_transformer(model.model.vision_tower).encoder
+    encoder = vision_transformer(model.model.vision_tower).encoder
     encoder.layers[0] = compiled(encoder.layers[0])
     encoder.layers[1].compile(backend="eager")
     encoder.layers[3] = compiled(encoder.layers[3])
@@ -168,7 +168,7 @@ def test_parallel_wrappers_of_a_tower(kind: str) -> None:
     model = tiny_llava()
     tower = model.model.vision_tower
     model.model.vision_tower = parallel(kind, tower)
-    message = f"vision tower: expected a CLIPVisionModel, got {kind}, which has to be called"
+    message = f"vision tower: expected a CLIPVisionModel .*, got {kind}, which has to be called"
     with pytest.raises(UnsupportedModelError, match=message):
         patch(model)
     model.model.vision_tower = tower
@@ -192,7 +192,7 @@ def test_parallel_wrappers_of_a_model(kind: str) -> None:
 @pytest.mark.usefixtures("process_group")
 def test_a_reader_whose_weights_are_gathered_with_it() -> None:
     model = patch(tiny_llava())
-    layers = clip_transformer(model.model.vision_tower).encoder.layers
+    layers = vision_transformer(model.model.vision_tower).encoder.layers
     layers[0] = parallel("FullyShardedDataParallel", layers[0])
     torch.testing.assert_close(logits(model), logits(patch(tiny_llava())))
     layers[3] = parallel("FullyShardedDataParallel", layers[3])
@@ -227,6 +227,6 @@ def test_copies_of_a_wrapped_tower() -> None:
 def test_the_tower_alone() -> None:
     tower = tiny_llava().model.vision_tower
     with torch.no_grad():
-        expected = query_keys_hidden(tower, PIXELS, -2)
-        actual = query_keys_hidden(compiled(tower), PIXELS, -2)
+        expected = TOWER.read(tower, PIXELS, -2)
+        actual = TOWER.read(compiled(tower), PIXELS, -2)
     assert all(map(torch.equal, actual, expected))

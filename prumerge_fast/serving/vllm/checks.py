@@ -9,7 +9,7 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdate
 
 from prumerge_fast.errors import UnsupportedModelError
 from prumerge_fast.serving.vllm.settings import NAME, settings
-from prumerge_fast.towers.clip import layer_index
+from prumerge_fast.towers.encoder import layer_index
 
 
 def reading_layer(hf_config: Any) -> int:
@@ -18,14 +18,20 @@ def reading_layer(hf_config: Any) -> int:
     Raises:
         ValueError: No layer reads them, or they are of several layers.
     """
+    layers, feature_layer = (
+        hf_config.vision_config.num_hidden_layers,
+        hf_config.vision_feature_layer,
+    )
     try:
-        return layer_index(
-            hf_config.vision_config.num_hidden_layers,
-            hf_config.vision_feature_layer,
-            "vision_feature_layer",
-        )
+        index = layer_index(layers, feature_layer, "vision_feature_layer")
     except UnsupportedModelError as error:
         raise ValueError(f"{NAME}: {error}") from None
+    if index == layers:
+        raise ValueError(
+            f"{NAME}: vision_feature_layer: expected one below the last layer, got "
+            f"{feature_layer}: no layer reads the output of the last of {layers} layers"
+        )
+    return index
 
 
 def num_patches(hf_config: Any) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 from vllm.model_executor.models import llava as base
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from prumerge_fast.reduction.reading import reduce_patches
 from prumerge_fast.serving.vllm.embeddings import CheckedEmbeddings, EmbeddingsOfAnyLength
 from prumerge_fast.serving.vllm.settings import PrunedInfo, settings
 from prumerge_fast.serving.vllm.tower import SHORT_NAMES, PrunedModel
@@ -48,7 +49,7 @@ class PruMergeLlava(PrunedModel, EmbeddingsOfAnyLength, base.LlavaForConditional
         if self.prumerge is None:
             return super()._image_pixels_to_features(vision_tower, pixel_values)
         merged = [
-            self.reduce(*self.read(pixel_values[images]), self.prumerge).tokens
+            reduce_patches(self.read(pixel_values[images]), self.prumerge).tokens
             for images in self.batches([1] * len(pixel_values))
         ]
         return torch.cat(merged)  # [B, keep + 1, C]

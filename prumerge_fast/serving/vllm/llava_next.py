@@ -75,7 +75,7 @@ class PruMergeLlavaNext(PrunedModel, EmbeddingsOfAnyLength, base.LlavaNextForCon
     ) -> list[Tensor]:
         """The tokens [n, D] of each image, from the crops [K, 3, H, W] of all."""
         layout = crop_layout(self.config, counts, sizes, num_patches(self.config))
-        rows = prune_crops(*self.read(crops), layout, config, "auto", self.reduce)
+        rows = prune_crops(self.read(crops), layout, config, "auto")
         projected = self.multi_modal_projector(rows.tokens)  # [R, D]
         features, lengths = with_newlines(projected, self.image_newline, rows, layout, config.order)
         return list(features.split(lengths))

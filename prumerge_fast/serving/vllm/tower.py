@@ -10,8 +10,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.models.utils import StageMissingLayer, WeightsMapper, maybe_prefix
 
-from prumerge_fast.reduction.dispatch import prune_merge
-from prumerge_fast.reduction.output import MergedTokens
+from prumerge_fast.reduction.reading import Reading
 from prumerge_fast.serving.vllm.checks import num_patches, reading_layer
 from prumerge_fast.serving.vllm.settings import settings
 
@@ -99,16 +98,13 @@ class PrunedModel:
             scope="global",
         )
 
-    def read(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The arguments of `prune_merge` for images or crops [K, 3, H, W]."""
+    def read(self, pixel_values: Tensor) -> Reading:
+        """What the tower reads of images or crops [K, 3, H, W]."""
         every_query = self.prumerge is not None and self.prumerge.scoring().received
         hidden = self.vision_tower(pixel_values, feature_select_strategy="full")  # [K, 1+N, C]
-        return *getattr(self.vision_tower, _READER)(hidden, every_query), hidden
-
-    def reduce(self, *inputs: Any, **options: Any) -> MergedTokens:
-        """`prune_merge`, told how many heads the tower has."""
+        query, keys = getattr(self.vision_tower, _READER)(hidden, every_query)
         heads = self.config.vision_config.num_attention_heads
-        return prune_merge(*inputs, num_heads=heads, **options)
+        return Reading(query, keys, hidden, heads, class_token=True)
 
     def batches(self, crops: Sequence[int]) -> Iterator[slice]:
         """Images that the tower sees at once, of which each has so many crops."""

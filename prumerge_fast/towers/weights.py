@@ -1,0 +1,68 @@
+"""Weights of parts of a tower that run by themselves: brought where they are offloaded, refused
+where they are sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from prumerge_fast.errors import UnsupportedModelError
+from prumerge_fast.towers.wrappers import class_names
+
+
+def brought(around: Iterable[Any], parts: Sequence[Any], name: str) -> ExitStack:
+    """Brings the weights that accelerate loads for a module as a whole, where parts of it are run.
+
+    Args:
+        around: Modules that are not called themselves, and so their hooks are not.
+        parts: Those within that are called.
+        name: What errors call the layer that the parts are of.
+
+    Returns:
+        An exit puts the weights back.
+
+    Raises:
+        UnsupportedModelError: They are offloaded with a module around these, or sharded.
+    """
+    around = list(dict.fromkeys(around))
+    stack = ExitStack()
+    for module in around:
+        if hasattr(module, "_hf_hook") and _is_away(module):
+            module._hf_hook.pre_forward(module)
+            stack.callback(module._hf_hook.post_forward, module, None)
+    if any(
+        not hasattr(part, "_hf_hook")
+        and any(  # several modules under LoRA
+            _is_away(module, recurse=False) and not hasattr(module, "_hf_hook")
+            for module in part.modules()
+        )
+        for part in parts
+    ):
+        stack.close()
+        raise UnsupportedModelError(
+            "vision tower: expected weights that are there, or that accelerate brings to the tower "
+            "or its parts; they are offloaded together with a module around it"
+        )
+    in_shards = any(map(_is_sharded, around)) and any(
+        type(parameter).__name__ == "DTensor"
+        for part in parts
+        if not _is_sharded(part)
+        for parameter in part.parameters()
+    )
+    if in_shards or any("FullyShardedDataParallel" in class_names(module) for module in around):
+        stack.close()
+        raise UnsupportedModelError(
+            f"vision tower: expected {name} whole, got it sharded (FSDP): parts of it run by "
+            "themselves, which do not gather it; shard the language model's layers only"
+        )
+    return stack
+
+
+def _is_sharded(module: Any) -> bool:
+    """Whether FSDP gathers the module's weights where the module is called."""
+    return "FSDPModule" in class_names(module)
+
+
+def _is_away(module: Any, recurse: bool = True) -> bool:
+    return any(parameter.is_meta for parameter in module.parameters(recurse))
