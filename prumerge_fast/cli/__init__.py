@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from PIL import Image
@@ -25,9 +25,6 @@ from typer.core import TyperOption
 from prumerge_fast.errors import InputError, PruMergeError
 from prumerge_fast.harness.files import NO_ROOM
 from prumerge_fast.harness.options import DEFAULT_FRAMES, AspectRatio, ConvTemplate, Dtype
-
-if TYPE_CHECKING:
-    from prumerge_fast.reduction.config import PruMergeConfig
 
 app = typer.Typer(
     name="prumerge-fast",
@@ -52,6 +49,18 @@ class Merge(str, Enum):
 class Engine(str, Enum):
     transformers = "transformers"
     vllm = "vllm"
+
+
+class Scores(str, Enum):
+    auto = "auto"
+    by_class = "class"
+    received = "received"
+
+
+class Heads(str, Enum):
+    auto = "auto"
+    joint = "joint"
+    separate = "separate"
 
 
 class Backend(str, Enum):
@@ -122,12 +131,16 @@ AspectRatioOption = Annotated[
 FramesOption = Annotated[
     int, _count_option("Frames of a video, from its first to its last, evenly.")
 ]
+VariantOption = Annotated[
+    Variant | None,
+    typer.Option(show_default="prumerge; prumerge+ where the vision tower has no class token"),
+]
 KeepOption = Annotated[
     str | None,
     typer.Option(
-        help="How many patch tokens to keep of an image, a crop (LLaVA-NeXT) or a frame: a whole "
-        "number, or a share such as 0.25.",
-        show_default="each image decides",
+        help="How many patch tokens to keep of an image, a crop or a frame: a whole number, a "
+        "share such as 0.25, or none: each image decides.",
+        show_default="none; 0.25 where the vision tower has no class token",
     ),
 ]
 NeighboursOption = Annotated[
@@ -135,6 +148,20 @@ NeighboursOption = Annotated[
 ]
 MergeOption = Annotated[
     Merge, typer.Option(help="sum: the authors' code; average: the paper's text; none: only prune.")
+]
+ScoresOption = Annotated[
+    Scores,
+    typer.Option(
+        help="What patches are ranked by: the attention that the class token pays them, or that "
+        "which they receive from all patches. auto: the first where the tower has one."
+    ),
+]
+HeadsOption = Annotated[
+    Heads,
+    typer.Option(
+        help="One head over the full width (joint), or the mean over the layer's own (separate). "
+        "auto: joint for the class token's attention."
+    ),
 ]
 BackendOption = Annotated[Backend, typer.Option(help="What runs the token reduction.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="auto: float32 on a CPU, float16 on a GPU.")]
@@ -227,6 +254,8 @@ def _compare(
     keep: KeepOption = None,
     neighbours: NeighboursOption = 32,
     merge: MergeOption = Merge.sum,
+    scores: ScoresOption = Scores.auto,
+    heads: HeadsOption = Heads.auto,
     backend: BackendOption = Backend.auto,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
@@ -268,8 +297,9 @@ def _compare(
             strict=strict,
             html=html,
             count=count,
-            configs=[
-                _config(one, keep, neighbours, merge) for one in dict.fromkeys(variant or Variant)
+            chosen=[
+                _chosen(one, keep, neighbours, merge, scores, heads)
+                for one in dict.fromkeys(variant or Variant)
             ],
             backend=backend.value,
             dtype=dtype.value,
@@ -302,17 +332,19 @@ def _show(
     frames: FramesOption = DEFAULT_FRAMES,
     model: ModelOption = None,
     image_aspect_ratio: AspectRatioOption = None,
-    variant: Annotated[Variant, typer.Option()] = Variant.prumerge,
+    variant: VariantOption = None,
     keep: KeepOption = None,
     neighbours: NeighboursOption = 32,
+    scores: ScoresOption = Scores.auto,
+    heads: HeadsOption = Heads.auto,
     backend: BackendOption = Backend.auto,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Class attention, kept tokens and merge neighbourhoods of one image or video, drawn over it.
+    """Attention, kept tokens and merge neighbourhoods of one image or video, drawn over it.
 
-    LLaVA-NeXT's crops are drawn in their places beside the overview, a video frame by frame.
+    Crops are drawn in their places beside the overview, a video frame by frame.
     """
     from prumerge_fast.cli.show import ShowOptions, run
 
@@ -324,7 +356,7 @@ def _show(
             frames=frames,
             model=model,
             image_aspect_ratio=_value(image_aspect_ratio),
-            config=_config(variant, keep, neighbours, Merge.sum),
+            chosen=_chosen(variant, keep, neighbours, Merge.sum, scores, heads),
             backend=backend.value,
             dtype=dtype.value,
             device=device,
@@ -354,6 +386,8 @@ def _cost(
             show_default="the paper's averages: 40 of 576 for PruMerge, 144 for PruMerge+",
         ),
     ] = None,
+    scores: ScoresOption = Scores.auto,
+    heads: HeadsOption = Heads.auto,
     text_tokens: Annotated[int, _count_option("Tokens of the prompt beside the image's.")] = 40,
     device: Annotated[
         list[str] | None,
@@ -374,8 +408,9 @@ def _cost(
         CostOptions(
             command=context.obj,
             models=list(dict.fromkeys(model or [])),
-            configs=[
-                _config(one, keep, 32, Merge.sum) for one in dict.fromkeys(variant or Variant)
+            chosen=[
+                _chosen(one, keep, 32, Merge.sum, scores, heads)
+                for one in dict.fromkeys(variant or Variant)
             ],
             text_tokens=text_tokens,
             devices=device or [],
@@ -487,10 +522,12 @@ def _batch(
     ] = None,
     conv_template: ConvTemplateOption = None,
     image_aspect_ratio: AspectRatioOption = None,
-    variant: Annotated[Variant, typer.Option()] = Variant.prumerge,
+    variant: VariantOption = None,
     keep: KeepOption = None,
     neighbours: NeighboursOption = 32,
     merge: MergeOption = Merge.sum,
+    scores: ScoresOption = Scores.auto,
+    heads: HeadsOption = Heads.auto,
     engine: Annotated[
         Engine,
         typer.Option(
@@ -558,7 +595,7 @@ def _batch(
             image_folder=image_folder,
             conv_template=_value(conv_template),
             image_aspect_ratio=_value(image_aspect_ratio),
-            config=_config(variant, keep, neighbours, merge),
+            chosen=_chosen(variant, keep, neighbours, merge, scores, heads),
             engine=engine.value,
             engine_kwargs=_engine_kwargs(engine_kwargs, engine),
             address=address,
@@ -612,19 +649,37 @@ def _value(choice: Enum | None) -> str | None:
     return None if choice is None else choice.value
 
 
-def _config(variant: Variant, keep: str | None, neighbours: int, merge: Merge) -> PruMergeConfig:
+def _chosen(
+    variant: Variant | None,
+    keep: str | None,
+    neighbours: int,
+    merge: Merge,
+    scores: Scores,
+    heads: Heads,
+) -> dict[str, Any]:
+    """Options of `PruMergeConfig`; what is not given is left to the model."""
     from prumerge_fast.reduction.config import PruMergeConfig
 
-    fields: dict[str, Any] = {"neighbours": neighbours, "merge": merge.value}
+    chosen: dict[str, Any] = {
+        "neighbours": neighbours,
+        "merge": merge.value,
+        "scores": scores.value,
+        "heads": heads.value,
+    }
+    if variant is not None:
+        chosen["variant"] = variant.value
     try:
-        if keep is not None:
-            fields["keep"] = int(keep) if keep.lstrip("+-").isdecimal() else float(keep)
-        return PruMergeConfig(variant=variant.value, **fields)
+        if keep == "none":
+            chosen["keep"] = None
+        elif keep is not None:
+            chosen["keep"] = int(keep) if keep.lstrip("+-").isdecimal() else float(keep)
+        PruMergeConfig(**chosen)
     except ValueError:
         raise InputError(
-            "--keep: expected a whole number >= 1 (tokens) or a share in (0, 1] such as 0.25, "
-            f"got {keep}"
+            "--keep: expected a whole number >= 1 (tokens), a share in (0, 1] such as 0.25, or "
+            f"none, got {keep}"
         ) from None
+    return chosen
 
 
 def _engine_kwargs(text: str | None, engine: Engine) -> dict[str, Any]:
@@ -645,7 +700,7 @@ def _engine_kwargs(text: str | None, engine: Engine) -> dict[str, Any]:
     if not isinstance(overrides, dict) or "prumerge" in overrides:
         raise InputError(
             "--engine-kwargs: expected hf_overrides to be a JSON object without prumerge, which is "
-            f"--keep, --variant, --neighbours and --merge, got {text}"
+            f"--keep, --variant, --neighbours, --merge, --scores and --heads, got {text}"
         )
     return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -17,7 +17,7 @@ from prumerge_fast.evaluation import fingerprint
 from prumerge_fast.harness.answers import Answer, failures, failures_line, summarise
 from prumerge_fast.harness.folders import find_images, find_videos
 from prumerge_fast.harness.inputs import Item, items_from_images, items_from_jsonl
-from prumerge_fast.harness.models import Loaded, check_keep, load
+from prumerge_fast.harness.models import Loaded, config_of, load
 from prumerge_fast.harness.prompts import check_modalities, prepare_readable
 from prumerge_fast.harness.provenance import provenance
 from prumerge_fast.harness.questions import batches, decoded
@@ -49,7 +49,7 @@ class CompareOptions:
     strict: bool
     html: Path | None
     count: int
-    configs: list[PruMergeConfig]
+    chosen: list[Mapping[str, Any]]
     backend: str
     dtype: str
     device: str
@@ -63,9 +63,10 @@ class CompareOptions:
 class _Policy:
     """One way to treat visual tokens, with all that it has answered so far."""
 
-    def __init__(self, config: PruMergeConfig | None) -> None:
-        self.config = config
-        self.name = "LLaVA" if config is None else _NAMES[config.variant]
+    def __init__(self, chosen: Mapping[str, Any] | None) -> None:
+        self.chosen = chosen
+        self.config: PruMergeConfig | None = None  # until the model is there; unpruned, for ever
+        self.name = "LLaVA" if chosen is None else _NAMES[chosen["variant"]]
         self.slug = report.SLUGS[self.name]
         self.answers: dict[int, Answer] = {}  # by the number of the question, as they came
         self.times: list[StageTimes] = []
@@ -85,7 +86,7 @@ def run(options: CompareOptions) -> None:
         beside = "with --answers" if options.answers is None else "without --overwrite"
         raise InputError(f"--resume: expected it {beside}, which says what to go on from")
     items = _items(options)
-    policies = [_Policy(config) for config in (None, *options.configs)]
+    policies = [_Policy(chosen) for chosen in (None, *options.chosen)]
     with ExitStack() as stack:
         for policy in policies:
             policy.file = _open_answers(options, policy.slug, stack)
@@ -98,8 +99,9 @@ def run(options: CompareOptions) -> None:
             conv_template=options.conv_template,
             image_aspect_ratio=options.image_aspect_ratio,
         )
-        for config in options.configs:
-            check_keep(config, loaded.patches)
+        for policy in policies:
+            if policy.chosen is not None:
+                policy.config = config_of(loaded.model, policy.chosen)
         check_modalities(loaded, items)
         backend = resolve_backend(options.backend, loaded.device).name
         if options.answers is not None:

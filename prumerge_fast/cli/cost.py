@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -41,7 +42,7 @@ class CostOptions:
 
     command: list[str]
     models: list[str]
-    configs: list[PruMergeConfig]
+    chosen: list[Mapping[str, Any]]
     text_tokens: int
     devices: list[str]
     as_json: bool
@@ -89,7 +90,8 @@ Policies = dict[str, dict[str, cost.Estimate]]  # by policy, then by precision
 
 def _estimates(options: CostOptions, shape: cost.LlavaShape) -> Policies:
     configs: dict[str, PruMergeConfig | None] = {"LLaVA": None}
-    for config in options.configs:
+    for chosen in options.chosen:
+        config = PruMergeConfig(**chosen)
         if config.keep is None:
             config = config.replace(keep=_PAPERS_KEEP[config.variant])
         configs[_NAMES[config.variant]] = config

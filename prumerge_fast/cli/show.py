@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,11 @@ from prumerge_fast.cli.pictures import Grid, Seen, View, look
 from prumerge_fast.demo import MODEL_DIR
 from prumerge_fast.demo.items import image_by_name
 from prumerge_fast.errors import InputError
-from prumerge_fast.harness.models import check_keep, load
+from prumerge_fast.harness.models import config_of, load
 from prumerge_fast.harness.prompts import check_modality
 from prumerge_fast.harness.provenance import provenance
 from prumerge_fast.harness.videos import VIDEO_SUFFIXES, read_video
 from prumerge_fast.reduction.backends import resolve_backend
-from prumerge_fast.reduction.config import PruMergeConfig
 from prumerge_fast.reduction.reference import nearest
 from prumerge_fast.towers.wrappers import unwrapped
 
@@ -48,7 +47,7 @@ class ShowOptions:
     frames: int
     model: str | None
     image_aspect_ratio: str | None
-    config: PruMergeConfig
+    chosen: Mapping[str, Any]
     backend: str
     dtype: str
     device: str
@@ -62,7 +61,7 @@ def run(options: ShowOptions) -> None:
         InputError: Something given cannot be used.
         BackendUnavailableError: The backend was asked for by name and cannot run.
     """
-    output = options.output or Path(f"{_stem(options.image)}-{options.config.variant}.png")
+    output = options.output or Path(f"{_stem(options.image)}.png")
     if output.suffix.lower() != ".png":
         raise InputError(f"--output: expected a name that ends in .png, got {output}")
     if output.exists() and output.resolve() == Path(options.image).resolve():
@@ -79,7 +78,9 @@ def run(options: ShowOptions) -> None:
         device=options.device,
         image_aspect_ratio=options.image_aspect_ratio,
     )
-    check_keep(options.config, loaded.patches)
+    config = config_of(loaded.model, options.chosen)
+    if options.output is None:
+        output = Path(f"{_stem(options.image)}-{config.variant}.png")
     check_modality(loaded, modality, options.image)
     backend = resolve_backend(options.backend, loaded.device).name
 
@@ -87,12 +88,12 @@ def run(options: ShowOptions) -> None:
         loaded,
         picture,
         options.image,
-        {SHOWN: options.config},
+        {SHOWN: config},
         backend=options.backend,
         modality=modality,
     )
-    scores = loaded.adapter.resolved(unwrapped(loaded.model), options.config).scores
-    links = [_links(view, options.config.neighbours) for view in seen.views]
+    scores = loaded.adapter.resolved(unwrapped(loaded.model), config).scores
+    links = [_links(view, config.neighbours) for view in seen.views]
     try:
         draw(seen, links, SCORES[scores]).save(output, "PNG")
     except OSError as error:
@@ -116,7 +117,7 @@ def run(options: ShowOptions) -> None:
                 "output": str(output),
                 "model": loaded.name,
                 "backend": backend,
-                "config": asdict(options.config),
+                "config": asdict(config),
                 "scores": scores,
                 "all_tokens": seen.all_tokens,
                 "visual_tokens": tokens,

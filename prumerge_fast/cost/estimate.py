@@ -154,7 +154,7 @@ def estimate(
 def _peak_activations(shape: LlavaShape, prompt: int, *, pruned: bool) -> int:
     """Values held at once: in the vision tower's widest step or in the language model's."""
     tower, decoder = shape.tower, shape.decoder
-    rows = 1 + tower.patches
+    rows = tower.rows
     vision = rows * (2 * tower.width + max(tower.mlp_width, 4 * tower.width))
     if not pruned:
         vision += rows * tower.width * tower.layers  # transformers keeps every layer's output

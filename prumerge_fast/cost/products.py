@@ -37,9 +37,10 @@ def tower_products(tower: TowerShape, config: PruMergeConfig | None) -> list[Pro
     """The vision tower. Unpruned (`None`), all layers run, also those behind the features.
 
     Pruned, it ends with queries, the class token's or all, and the keys of all tokens in the layer
-    that reads the features: less than half of that layer, and nothing behind it.
+    that reads the features: less than half of that layer, and nothing behind it. Where none does,
+    it ends with the last layer.
     """
-    rows, width, mlp = 1 + tower.patches, tower.width, tower.mlp_width
+    rows, width, mlp = tower.rows, tower.width, tower.mlp_width
     layers = tower.layers if config is None else tower.reading_layer
     products = [
         _linear(tower.patches, tower.channels * tower.patch_size**2, width),
@@ -48,8 +49,16 @@ def tower_products(tower: TowerShape, config: PruMergeConfig | None) -> list[Pro
         _linear(rows, width, mlp, layers),
         _linear(rows, mlp, width, layers),
     ]
-    if config is not None:
-        asking = rows if config.scoring().received else 1
+    if config is None:
+        if tower.pooling_head:
+            products += [
+                *(_linear(asked, width, width) for asked in (1, rows, rows, 1)),
+                _attention(1, rows, width, width, 1),
+                _linear(1, width, mlp),
+                _linear(1, mlp, width),
+            ]
+    elif tower.reading_layer < tower.layers:
+        asking = rows if config.scoring(class_token=tower.class_token).received else 1
         products += [_linear(rows, width, width), _linear(asking, width, width)]
     return products
 
@@ -68,9 +77,9 @@ def prune_merge_products(tower: TowerShape, config: PruMergeConfig) -> list[Prod
         raise ValueError("keep: expected a number of tokens, because cost has no image to count on")
     merged = centres if config.merge != "none" else 0
     rows = centres + config.supplement
-    asking = patches if config.scoring().received else 1
+    asking = patches if config.scoring(class_token=tower.class_token).received else 1
     return [
-        Product(2 * asking * (1 + patches) * width, 0, (asking + 1 + patches) * width),
+        Product(2 * asking * tower.rows * width, 0, (asking + tower.rows) * width),
         Product(2 * merged * patches * width, 0, 0),
         Product(2 * (merged + config.supplement) * patches * width, 0, (patches + rows) * width),
     ]

@@ -7,6 +7,7 @@ from typing import Any
 
 from prumerge_fast.errors import UnsupportedModelError
 from prumerge_fast.harness.sizes import check_sizes
+from prumerge_fast.towers.encoder import layer_index
 from prumerge_fast.versions import ties_embeddings
 
 _FAMILY = "LlavaForConditionalGeneration"
@@ -14,20 +15,26 @@ _FAMILY = "LlavaForConditionalGeneration"
 # attention projections (q, k and v; the output's) have biases whatever the config says.
 _DECODERS = {"llama": (False, False), "mistral": (False, False), "qwen2": (True, False)}
 
+# Towers, and how a LLaVA takes all of their patch tokens and no other.
+_STRATEGIES = {"clip_vision_model": "default", "siglip_vision_model": "full"}
+
 
 @dataclass(frozen=True)
 class TowerShape:
-    """A CLIP vision tower of width C with N patches.
+    """A vision tower of width C with N patches: CLIP's, or SigLIP's, without a class token.
 
     Args:
         width: C.
         mlp_width: Width of the MLP between its two layers.
         layers: Encoder layers.
         reading_layer: Index of the encoder layer that reads the features. Layers from there on do
-            not run when patched, but for the query and the keys of that one.
+            not run when patched, but for the queries and the keys of that one. `layers` where none
+            reads them: all run, and queries and keys are those of the last.
         image_size: Pixels along a side.
         patch_size: Pixels along a side of a patch.
         channels: Colour channels.
+        class_token: Whether there is one.
+        pooling_head: Whether an attention of one query ends the tower, as SigLIP's own use needs.
     """
 
     width: int
@@ -37,6 +44,13 @@ class TowerShape:
     image_size: int
     patch_size: int
     channels: int = 3
+    class_token: bool = True
+    pooling_head: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Tokens of an image, the class token among them."""
+        return self.class_token + self.patches
 
     @property
     def patches(self) -> int:
@@ -47,9 +61,13 @@ class TowerShape:
     def parameters(self) -> int:
         """All of the tower's, those that are never used among them."""
         width, mlp = self.width, self.mlp_width
-        embeddings = width * (self.channels * self.patch_size**2 + 1 + self.patches + 1)
-        layer = 4 * width * (width + 1) + 2 * width * mlp + mlp + width + 4 * width
-        return embeddings + self.layers * layer + 4 * width
+        # CLIP's class token is a vector of its own, SigLIP's patches have a bias.
+        embeddings = width * (self.channels * self.patch_size**2 + 1 + self.rows)
+        linear = 4 * width * (width + 1) + 2 * width * mlp + mlp + width
+        layer = linear + 4 * width
+        norms = 4 * width if self.class_token else 2 * width
+        head = self.pooling_head * (linear + 3 * width)
+        return embeddings + self.layers * layer + norms + head
 
 
 @dataclass(frozen=True)
@@ -120,12 +138,12 @@ def shape_of(config: Any, name: str = "LLaVA") -> LlavaShape:
     """The shape that a transformers configuration describes.
 
     Args:
-        config: A `LlavaConfig` with a CLIP tower.
+        config: A `LlavaConfig` with a CLIP or a SigLIP tower.
         name: What to call it in results.
 
     Raises:
-        UnsupportedModelError: It is no LLaVA with a class token and a Llama-like language model, or
-            PruMerge cannot work with its feature layer.
+        UnsupportedModelError: It is no LLaVA with one of these towers and a Llama-like language
+            model, or PruMerge cannot work with its features.
     """
     architectures = getattr(config, "architectures", None) or []
     # By architecture too: the original LLaVA package's configs have the same model type, but other
@@ -134,19 +152,19 @@ def shape_of(config: Any, name: str = "LLaVA") -> LlavaShape:
         got = " ".join(architectures) or config.model_type
         raise UnsupportedModelError(f"model: expected a {_FAMILY}, got {got}")
     vision, text = config.vision_config, config.text_config
-    if vision.model_type != "clip_vision_model":
+    if vision.model_type not in _STRATEGIES:
         raise UnsupportedModelError(
-            f"vision_config: expected a clip_vision_model, got {vision.model_type}, which has no "
-            "class token that PruMerge could rank patches by or is not known"
+            f"vision_config: expected a {' or '.join(_STRATEGIES)}, got {vision.model_type}"
         )
     if text.model_type not in _DECODERS:
         raise UnsupportedModelError(
             f"text_config: expected one of {', '.join(_DECODERS)}, got {text.model_type}"
         )
-    if config.vision_feature_select_strategy != "default":
+    strategy = _STRATEGIES[vision.model_type]
+    if config.vision_feature_select_strategy != strategy:
         raise UnsupportedModelError(
-            "vision_feature_select_strategy: expected 'default' (patch tokens without the class "
-            f"token), got {config.vision_feature_select_strategy!r}"
+            f"vision_feature_select_strategy: expected {strategy!r} (all patch tokens) for a "
+            f"{vision.model_type}, got {config.vision_feature_select_strategy!r}"
         )
     check_sizes(config, "vision_config", "text_config")
     qkv_bias, output_bias = _DECODERS[text.model_type]
@@ -157,10 +175,15 @@ def shape_of(config: Any, name: str = "LLaVA") -> LlavaShape:
             vision.hidden_size,
             vision.intermediate_size,
             vision.num_hidden_layers,
-            _reading_layer(config.vision_feature_layer, vision.num_hidden_layers),
+            layer_index(
+                vision.num_hidden_layers, config.vision_feature_layer, "vision_feature_layer"
+            ),
             vision.image_size,
             vision.patch_size,
             vision.num_channels,
+            class_token=vision.model_type == "clip_vision_model",
+            pooling_head=vision.model_type == "siglip_vision_model"
+            and getattr(vision, "vision_use_head", True),
         ),
         DecoderShape(
             text.hidden_size,
@@ -176,17 +199,6 @@ def shape_of(config: Any, name: str = "LLaVA") -> LlavaShape:
             bool(getattr(text, "mlp_bias", False)),
         ),
         bool(getattr(config, "multimodal_projector_bias", True)),
-    )
-
-
-def _reading_layer(feature_layer: object, layers: int) -> int:
-    if isinstance(feature_layer, int) and not isinstance(feature_layer, bool):
-        index = feature_layer if feature_layer >= 0 else layers + 1 + feature_layer
-        if 0 <= index < layers:
-            return index
-    raise UnsupportedModelError(
-        f"vision_feature_layer: expected one int from {-layers - 1} to {layers - 1}, without -1 "
-        f"(no layer reads the last one's output), got {feature_layer!r}"
     )
 
 

@@ -6,7 +6,7 @@ import copy
 import importlib.util
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,8 +171,8 @@ def describe(model: str | Path) -> Described:
     return Described(source, name, config, family, model_class)
 
 
-def patches_of(described: Described) -> int:
-    """N, the patch tokens of an image; the model is made without memory for its weights.
+def outline(described: Described) -> Any:
+    """The model, made without memory for its weights, and of a single layer behind the tower.
 
     Raises:
         UnsupportedModelError: PruMerge cannot work on this model of a supported family.
@@ -182,7 +182,7 @@ def patches_of(described: Described) -> int:
     with torch.device("meta"):
         llava = described.model_class(config)
     described.family.check(llava)
-    return described.family.num_patches(llava)
+    return llava
 
 
 def conversation(
@@ -316,12 +316,20 @@ def resolve_device(device: str, name: str = "--device") -> torch.device:
     return target
 
 
-def check_keep(config: PruMergeConfig, patches: int) -> None:
-    """Raises InputError where `keep` is more than the patch tokens of an image."""
+def config_of(model: Any, chosen: Mapping[str, Any]) -> PruMergeConfig:
+    """What `patch` would patch a model with, given these options of `PruMergeConfig`.
+
+    Raises:
+        InputError: They do not fit the model.
+    """
+    family, llava = family_of(model), unwrapped(model)
+    config = family.default_config(llava).replace(**chosen)
     try:
-        config.budget(patches)
+        family.resolved(llava, config)
+        config.budget(family.num_patches(llava))
     except ValueError as error:
         raise InputError(f"--{error}") from None
+    return config
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from prumerge_fast.errors import InputError
 from prumerge_fast.harness.inputs import IMAGE_TOKEN, VIDEO_TOKEN
-from prumerge_fast.harness.models import check_keep, load
+from prumerge_fast.harness.models import config_of, load
 from prumerge_fast.harness.options import DEFAULT_FRAMES, AspectRatio, ConvTemplate, Dtype
 from prumerge_fast.harness.pictures import as_seen
 from prumerge_fast.harness.prompts import chat_prompt, model_inputs, placeholder
@@ -32,7 +32,7 @@ UNPRUNED = "none"
 _SAMPLING = ("temperature", "top_p", "num_beams", "do_sample", "max_new_tokens")
 _WITHOUT_EFFECT = ("image_aspect_ratio",)  # tasks set it for other models; ours is an argument
 _CHOICES = {
-    "variant": (*get_args(Variant), UNPRUNED),
+    "variant": (None, *get_args(Variant), UNPRUNED),
     "dtype": [dtype.value for dtype in Dtype],
     "conv_template": [None, *(template.value for template in ConvTemplate)],
     "image_aspect_ratio": [None, *(ratio.value for ratio in AspectRatio)],
@@ -51,9 +51,13 @@ class LlavaPruMerge(lmms):
 
     Args:
         pretrained: Folder or Hugging Face name.
-        variant: "prumerge", "prumerge+", or "none" for the model as it is.
-        keep: How many patch tokens to keep: a number, or a share such as 0.25; `None` lets each
-            image decide. Of an image, a crop (LLaVA-NeXT) or a frame.
+        variant: "prumerge", "prumerge+", or "none" for the model as it is. `None`: "prumerge", or
+            "prumerge+" where the vision tower has no class token.
+        keep: How many patch tokens to keep of an image, a crop or a frame: a number, or a share
+            such as 0.25; "none" lets each image decide. `None`: that, or 0.25 where the vision
+            tower has no class token.
+        scores: "auto", "class" or "received", as in `PruMergeConfig`.
+        heads: "auto", "joint" or "separate", as in `PruMergeConfig`.
         dtype: "auto" (float32 on a CPU, else float16), "float32", "bfloat16" or "float16".
         load_in_4bit: Language model in NF4 (bitsandbytes).
         conv_template: `None`: the processor's chat template, as `prumerge-fast compare`;
@@ -78,8 +82,10 @@ class LlavaPruMerge(lmms):
     def __init__(
         self,
         pretrained: str = "llava-hf/llava-1.5-7b-hf",
-        variant: str = "prumerge",
-        keep: int | float | None = None,
+        variant: str | None = None,
+        keep: int | float | str | None = None,
+        scores: str = "auto",
+        heads: str = "auto",
         dtype: str = "auto",
         load_in_4bit: bool = False,
         conv_template: str | None = None,
@@ -105,11 +111,20 @@ class LlavaPruMerge(lmms):
             raise ValueError(f"frames: expected a whole number >= 1, got {frames!r}")
         self._frames = frames
         if variant == UNPRUNED:
-            if keep is not None:
-                raise ValueError(f"keep: expected none beside variant={UNPRUNED}, got {keep}")
-            config = None
+            unset = {"keep": None, "scores": "auto", "heads": "auto"}
+            for name, value in {"keep": keep, "scores": scores, "heads": heads}.items():
+                if value != unset[name]:
+                    raise ValueError(
+                        f"{name}: expected none beside variant={UNPRUNED}, got {value}"
+                    )
+            chosen: dict[str, Any] | None = None
         else:
-            config = PruMergeConfig(variant=variant, keep=keep)  # type: ignore[arg-type]
+            chosen = {"scores": scores, "heads": heads}
+            if variant is not None:
+                chosen["variant"] = variant
+            if keep is not None:
+                chosen["keep"] = None if keep == "none" else keep
+            PruMergeConfig(**chosen)  # raises before the model is loaded
         self.accelerator = Accelerator()
         if self.accelerator.num_processes > 1:
             self._rank = self.accelerator.process_index
@@ -124,12 +139,10 @@ class LlavaPruMerge(lmms):
                 conv_template=conv_template,
                 image_aspect_ratio=image_aspect_ratio,
             )
-            if config is not None:
-                check_keep(config, self._loaded.patches)
+            if chosen is not None:
+                patch(self._loaded.model, config_of(self._loaded.model, chosen))
         except InputError as error:
             raise _of_argument(error) from None
-        if config is not None:
-            patch(self._loaded.model, config)
 
     @property
     def model(self) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from prumerge_fast.errors import UnsupportedModelError
 from prumerge_fast.reduction.reading import Reading
-from prumerge_fast.towers.weights import brought
+from prumerge_fast.towers.weights import brought, check_whole
 from prumerge_fast.towers.wrappers import unwrapped, wrapping
 from prumerge_fast.versions import run_encoder_layer, vision_transformer
 
@@ -145,38 +145,39 @@ class EncoderTower(ABC):
         indices = self._indices(tower, feature_layer)
         transformer, deepest = self.transformer(tower), max(indices)
         layers = self.layers(transformer)
-        is_read = deepest < len(layers)
-        layer = layers[deepest if is_read else deepest - 1]
-        attention, norm = self.attention(layer), self.norm(layer)
-        around, parts = [tower, transformer, self.encoder(transformer)], []
-        if is_read:  # called in parts
-            around, parts = [*around, layer, attention], [norm, attention.q_proj, attention.k_proj]
+        at = min(deepest, len(layers) - 1)  # the layer that reads them, or else the last
+        attention = self.attention(layers[at])
+        around = [tower, transformer, self.encoder(transformer)]
         states, caught = None, dict[str, Tensor]()
         with ExitStack() as stack:
-            if not is_read:
+            if at < deepest and not torch.compiler.is_compiling():
                 for name in ("q_proj", "k_proj"):
                     stack.enter_context(_catching(attention, name, caught))
             if self._is_watched(tower):
                 states = tower(pixel_values, output_hidden_states=True, **options).hidden_states
-            stack.enter_context(brought(around, parts, f"layer {deepest}"))
+            stack.enter_context(brought(around))
             if states is None:
-                states = self._states(transformer, pixel_values, indices, options)
-            if is_read:
-                normed = norm(states[deepest])  # [B, R, C]
-                asking = normed if every_query or not self.class_token else normed[:, 0]
-                keys = attention.k_proj(normed)  # [B, R, C]
-                query = attention.q_proj(asking)  # [B, C] or [B, R, C]
-            else:
+                states = self._states(transformer, pixel_values, {*indices, at}, options)
+            if caught:
+                check_whole(around, [], f"layer {at}")
                 query, keys = caught["q_proj"], caught["k_proj"]  # [B, R, C]
                 if self.class_token and not every_query:
                     query = query[:, 0]  # [B, C]
-            hidden = torch.cat([states[index] for index in indices], dim=-1)  # [B, R, S * C]
-            # Under autocast, projections come out in half precision and the residual stream does
-            # not.
-            return self.reading(attention, query.to(hidden), keys.to(hidden), hidden, options)
+            else:  # not called, or called by compiled code, which need not call hooks
+                norm, inside = self.norm(layers[at]), [layers[at], attention]
+                stack.enter_context(brought(inside))
+                parts = [norm, attention.q_proj, attention.k_proj]
+                check_whole([*around, *inside], parts, f"layer {at}")
+                normed = norm(states[at])  # [B, R, C]
+                asking = normed if every_query or not self.class_token else normed[:, 0]
+                keys = attention.k_proj(normed)  # [B, R, C]
+                query = attention.q_proj(asking)  # [B, C] or [B, R, C]
+        hidden = torch.cat([states[index] for index in indices], dim=-1)  # [B, R, S * C]
+        # Under autocast, projections come out in half precision and the residual stream does not.
+        return self.reading(attention, query.to(hidden), keys.to(hidden), hidden, options)
 
     def _states(
-        self, transformer: Any, pixel_values: Tensor, indices: list[int], options: dict[str, Any]
+        self, transformer: Any, pixel_values: Tensor, indices: set[int], options: dict[str, Any]
     ) -> dict[int, Tensor]:
         """Those of the tower's `hidden_states`, each [B, R, C], by index; nothing beyond is run."""
         state = self.embed(transformer, pixel_values, options)

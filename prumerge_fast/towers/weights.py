@@ -11,26 +11,25 @@ from prumerge_fast.errors import UnsupportedModelError
 from prumerge_fast.towers.wrappers import class_names
 
 
-def brought(around: Iterable[Any], parts: Sequence[Any], name: str) -> ExitStack:
-    """Brings the weights that accelerate loads for a module as a whole, where parts of it are run.
-
-    Args:
-        around: Modules that are not called themselves, and so their hooks are not.
-        parts: Those within that are called.
-        name: What errors call the layer that the parts are of.
-
-    Returns:
-        An exit puts the weights back.
-
-    Raises:
-        UnsupportedModelError: They are offloaded with a module around these, or sharded.
-    """
-    around = list(dict.fromkeys(around))
+def brought(modules: Iterable[Any]) -> ExitStack:
+    """Brings the weights that accelerate loads for modules that are not called themselves, and so
+    their hooks are not. An exit puts the weights back."""
     stack = ExitStack()
-    for module in around:
+    for module in dict.fromkeys(modules):
         if hasattr(module, "_hf_hook") and _is_away(module):
             module._hf_hook.pre_forward(module)
             stack.callback(module._hf_hook.post_forward, module, None)
+    return stack
+
+
+def check_whole(around: Sequence[Any], parts: Sequence[Any], name: str) -> None:
+    """Raise `UnsupportedModelError` unless the weights of parts that are called are there, or come.
+
+    Args:
+        around: Modules that are not called themselves; their weights are `brought`.
+        parts: Those within that are called.
+        name: What errors call the layer that the parts are of.
+    """
     if any(
         not hasattr(part, "_hf_hook")
         and any(  # several modules under LoRA
@@ -39,7 +38,6 @@ def brought(around: Iterable[Any], parts: Sequence[Any], name: str) -> ExitStack
         )
         for part in parts
     ):
-        stack.close()
         raise UnsupportedModelError(
             "vision tower: expected weights that are there, or that accelerate brings to the tower "
             "or its parts; they are offloaded together with a module around it"
@@ -51,12 +49,10 @@ def brought(around: Iterable[Any], parts: Sequence[Any], name: str) -> ExitStack
         for parameter in part.parameters()
     )
     if in_shards or any("FullyShardedDataParallel" in class_names(module) for module in around):
-        stack.close()
         raise UnsupportedModelError(
             f"vision tower: expected {name} whole, got it sharded (FSDP): parts of it run by "
             "themselves, which do not gather it; shard the language model's layers only"
         )
-    return stack
 
 
 def _is_sharded(module: Any) -> bool:

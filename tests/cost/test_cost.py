@@ -17,12 +17,14 @@ from transformers import (
     LlavaForConditionalGeneration,
     MistralConfig,
     Qwen2Config,
+    SiglipVisionConfig,
 )
 
 from prumerge_fast import PruMergeConfig, cost, patched
 from prumerge_fast.cli import main
 from prumerge_fast.cost.published import Accounting
 from prumerge_fast.demo import MODEL_DIR
+from prumerge_fast.errors import UnsupportedModelError
 from prumerge_fast.families import adapter_for
 from prumerge_fast.harness.stages import cache_bytes
 from prumerge_fast.reduction.reading import reduce_patches
@@ -51,13 +53,23 @@ def shape_of(model):
     return cost.shape_of(model.config)
 
 
-@pytest.fixture(scope="module", params=["tiny", "demo", "tower read at layer 1"])
+SIGLIP = {"SigLIP": -2, "SigLIP's last layer": -1}
+
+
+@pytest.fixture(scope="module", params=["tiny", "demo", "tower read at layer 1", *SIGLIP])
 def model(request):
     # Eager attention: the counter knows no fused attention on a CPU.
     if request.param == "demo":
         return LlavaForConditionalGeneration.from_pretrained(
             MODEL_DIR, attn_implementation="eager", dtype=torch.float32
         ).eval()
+    if request.param in SIGLIP:
+        return tiny_llava(
+            attention="eager",
+            feature_layer=SIGLIP[request.param],
+            vision=SiglipVisionConfig,
+            vision_feature_select_strategy="full",
+        )
     return tiny_llava(attention="eager", feature_layer=-2 if request.param == "tiny" else 1)
 
 
@@ -73,7 +85,9 @@ def test_operations_are_those_that_pytorch_counts(model, config):
     else:
         adapter = adapter_for(model)
         found["vision"], encoded = counted(
-            lambda: adapter.read(model, "image", pixels, {}, config.scoring().received)
+            lambda: adapter.read(
+                model, "image", pixels, {}, adapter.resolved(model, config).scores == "received"
+            )
         )
         found["prune_merge"], merged = counted(lambda: reduce_patches(encoded, config, "torch"))
         assert merged.lengths.item() == estimate.visual_tokens
@@ -132,6 +146,25 @@ def test_parameters_are_those_of_the_model(text, tied):
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     assert cost.shape_of(config).parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_parameters_of_siglip(head):
+    vision = SiglipVisionConfig(
+        hidden_size=96, num_attention_heads=4, image_size=56, patch_size=14, vision_use_head=head
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=TEXTS["qwen2"],
+        vision_feature_select_strategy="full",
+        architectures=["LlavaForConditionalGeneration"],
+    )
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    assert cost.shape_of(config).parameters == sum(p.numel() for p in model.parameters())
+    config.vision_feature_select_strategy = "default"  # which would drop a patch
+    with pytest.raises(UnsupportedModelError, match="select_strategy: expected 'full'"):
+        cost.shape_of(config)
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -266,10 +299,10 @@ def test_bad_options(capsys, monkeypatch, arguments, says):
     [
         ({"model_type": "bert"}, "expected a LlavaForConditionalGeneration"),
         ({"architectures": ["LlavaLlamaForCausalLM"]}, "got LlavaLlamaForCausalLM"),
-        ({"vision_config": {"model_type": "siglip_vision_model"}}, "no class token"),
+        ({"vision_config": {"model_type": "pixtral"}}, "expected a clip_vision_model or siglip"),
         ({"text_config": {"model_type": "gpt2"}}, "expected one of llama, mistral, qwen2"),
         ({"vision_feature_select_strategy": "full"}, "expected 'default'"),
-        ({"vision_feature_layer": -1}, "expected one int from"),
+        ({"vision_feature_layer": 99}, "expected one int from"),
         ({"vision_feature_layer": [-2, -3]}, r"got \[-2, -3\]"),
     ],
 )

@@ -6,12 +6,9 @@ import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prumerge_fast.errors import InputError
-
-if TYPE_CHECKING:
-    from prumerge_fast.reduction.config import PruMergeConfig
 
 
 @dataclass(frozen=True)
@@ -20,6 +17,7 @@ class BatchOptions:
 
     Args:
         actors: How many models run at once; `None`: one a GPU, without GPUs one.
+        chosen: Options of `PruMergeConfig`; others are left to the model.
         num_cpus: Of each actor, as Ray counts them.
         num_gpus: Of each actor; `None`: 1 (of each process of an engine) where the cluster has
             GPUs, else 0.
@@ -34,7 +32,7 @@ class BatchOptions:
     image_folder: Path | None
     conv_template: str | None
     image_aspect_ratio: str | None
-    config: PruMergeConfig
+    chosen: Mapping[str, Any]
     engine: str
     engine_kwargs: Mapping[str, Any]
     address: str | None
@@ -51,7 +49,7 @@ class BatchOptions:
     @property
     def encodes(self) -> bool:
         """Whether pictures are encoded in front of the engines, which each decides for itself."""
-        return self.engine == "vllm" and self.config.keep is None
+        return self.engine == "vllm" and self.chosen.get("keep") is None
 
 
 def check_installed(engine: str) -> None:

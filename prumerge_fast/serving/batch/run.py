@@ -21,8 +21,9 @@ from ray.data import DataContext, Dataset
 from prumerge_fast.demo import MODEL_DIR
 from prumerge_fast.errors import InputError, PruMergeError
 from prumerge_fast.evaluation import fingerprint
-from prumerge_fast.harness.models import Described, check_keep, describe, patches_of, resolve_dtype
+from prumerge_fast.harness.models import Described, config_of, describe, outline, resolve_dtype
 from prumerge_fast.harness.provenance import provenance
+from prumerge_fast.reduction.config import PruMergeConfig
 from prumerge_fast.serving.batch.cluster import Actors, running
 from prumerge_fast.serving.batch.folder import BatchFolder
 from prumerge_fast.serving.batch.options import BatchOptions
@@ -50,18 +51,18 @@ def run(options: BatchOptions, remark: Callable[[str], None]) -> dict[str, Any]:
     for line in remarks:
         remark(line)
     described = describe(options.model or MODEL_DIR)
-    check_keep(options.config, patches_of(described))
+    config = config_of(outline(described), options.chosen)
     folder = BatchFolder(options.output)
     with (
         folder.taken(),
         running(options, folder.path) as actors,
     ):
-        folder.check_settings(_settings(options, described, actors))
+        folder.check_settings(_settings(options, config, described, actors))
         retried = folder.forget_errors(questions[ID]) if options.retry_errors else 0
         missing = _missing(questions, folder)
         start = time.perf_counter()
         if len(missing) or folder.has_pending():
-            _ask(options, described, folder, actors, questions, len(missing))
+            _ask(options, config, described, folder, actors, questions, len(missing))
         seconds = time.perf_counter() - start
         lacking = len(_missing(questions, folder))
         if lacking:  # Ray may only warn, where it keeps no account of what is done
@@ -97,7 +98,7 @@ def run(options: BatchOptions, remark: Callable[[str], None]) -> dict[str, Any]:
             }
             for row in rows.filter(pc.is_valid(rows["error"])).to_pylist()
         ],
-        "settings": _settings(options, described, actors),
+        "settings": _settings(options, config, described, actors),
         "cluster": cluster,
         **provenance(options.command, _device(actors, here=True)),
     }
@@ -108,7 +109,9 @@ def _missing(questions: pa.Table, folder: BatchFolder) -> pa.Table:
     return questions.filter(pc.invert(pc.is_in(questions[ID], folder.done())))
 
 
-def _settings(options: BatchOptions, described: Described, actors: Actors) -> dict[str, Any]:
+def _settings(
+    options: BatchOptions, config: PruMergeConfig, described: Described, actors: Actors
+) -> dict[str, Any]:
     """What answers depend on."""
     return {
         "model": described.name,
@@ -116,7 +119,7 @@ def _settings(options: BatchOptions, described: Described, actors: Actors) -> di
         "prompts": options.prompts,
         "conv_template": options.conv_template,
         "image_aspect_ratio": options.image_aspect_ratio,
-        "config": asdict(options.config),
+        "config": asdict(config),
         "engine": options.engine,
         "engine_kwargs": dict(options.engine_kwargs),
         "backend": options.backend,
@@ -137,6 +140,7 @@ def _dtype(options: BatchOptions, actors: Actors) -> str:
 
 def _ask(
     options: BatchOptions,
+    config: PruMergeConfig,
     described: Described,
     folder: BatchFolder,
     actors: Actors,
@@ -162,7 +166,7 @@ def _ask(
         target_num_rows_per_block=options.batch_size * min(batches, most)
     )
     try:
-        _answered(options, described, actors, dataset).write_parquet(str(folder.answers))
+        _answered(options, config, described, actors, dataset).write_parquet(str(folder.answers))
     except ray.exceptions.RayError as error:
         raise _as_input_error(error) from error
     finally:
@@ -190,7 +194,11 @@ def _as_input_error(error: Exception) -> PruMergeError:
 
 
 def _answered(
-    options: BatchOptions, described: Described, actors: Actors, questions: Dataset
+    options: BatchOptions,
+    config: PruMergeConfig,
+    described: Described,
+    actors: Actors,
+    questions: Dataset,
 ) -> Dataset:
     common = {
         "conv_template": options.conv_template,
@@ -205,7 +213,7 @@ def _answered(
         return vllm_engine.answered(
             questions,
             model=model,
-            config=options.config,
+            config=config,
             backend=options.backend,
             dtype=dtype,
             actors=actors,
@@ -221,7 +229,7 @@ def _answered(
         PatchedModel,
         fn_constructor_kwargs={
             "loading": {"model": model, "dtype": dtype, "device": device, **common},
-            "config": options.config,
+            "config": config,
             "backend": options.backend,
             "max_new_tokens": options.max_new_tokens,
         },
