@@ -15,6 +15,7 @@ from tiny_models import IMAGE, VIDEO
 
 SIDES = {"LLaVA-NeXT-Video": 36}  # pixels; a patch has 6. Its processor halves the grid: it is even
 _PROCESSORS = {"LLaVA": "llava", "ViP-LLaVA": "llava", "LLaVA-NeXT": "llava_next"}
+_PROCESSORS |= {"LLaVA with SigLIP": "llava", "LLaVA-NeXT with SigLIP": "llava_next"}
 _PROCESSORS |= {"Video-LLaVA": "video_llava", "LLaVA-NeXT-Video": "llava_next_video"}
 
 
@@ -47,8 +48,10 @@ def save(name: str, path: Path, **template: str) -> Path:
         parts["image_processor"] = transformers.LlavaNextImageProcessor(**sizes, **options)
     elif kind == "video_llava":
         parts["image_processor"] = transformers.VideoLlavaImageProcessor(**sizes)
-    else:
+    elif family.class_token:
         parts["image_processor"] = transformers.CLIPImageProcessor(**sizes)
+    else:
+        parts["image_processor"] = transformers.SiglipImageProcessor(size=sizes["crop_size"])
     if "video" in family.kinds:  # `transformers` itself has it with torchvision only
         videos = import_module(f"{package}.video_processing_{kind}")
         video_class = getattr(videos, videos.__all__[0])
@@ -59,8 +62,8 @@ def save(name: str, path: Path, **template: str) -> Path:
             **parts,
             **template,
             patch_size=6,
-            vision_feature_select_strategy="default",
-            num_additional_image_tokens=1,
+            vision_feature_select_strategy="default" if family.class_token else "full",
+            num_additional_image_tokens=int(family.class_token),
         )
     processor.save_pretrained(path)
     return path

@@ -614,11 +614,11 @@ def _batch(
 
 
 @app.command("doctor")
-def _doctor(context: typer.Context, as_json: JsonOption = False) -> None:
-    """What is installed, which backend will run, and why."""
+def _doctor(context: typer.Context, model: ModelOption = None, as_json: JsonOption = False) -> None:
+    """What is installed, which backend will run, what scores a model's patches, and why."""
     from prumerge_fast.cli.doctor import run
 
-    run(context.obj, as_json=as_json)
+    run(context.obj, model, as_json=as_json)
 
 
 def _after_which(context: typer.Context, files: Sequence[Path]) -> tuple[list[Path], list[Path]]:

@@ -1,8 +1,10 @@
-"""`doctor`: what is installed, which backend will run and why."""
+"""`doctor`: what is installed, which backend will run, what scores a model's patches, and why."""
 
 from __future__ import annotations
 
 import platform
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,17 +12,28 @@ from rich.table import Table
 
 from prumerge_fast.cli import report
 from prumerge_fast.demo import MODEL_DIR
+from prumerge_fast.harness.models import describe, outline
 from prumerge_fast.harness.provenance import provenance
 from prumerge_fast.reduction.backends import resolve_backend
 from prumerge_fast.serving.installed import plugin
 
+# What patches are scored by, in words.
+SCORES = {"class": "the class token's attention", "received": "the attention they receive"}
 
-def run(command: list[str], *, as_json: bool) -> None:
-    """Runs the command."""
+
+def run(command: list[str], model: str | None, *, as_json: bool) -> None:
+    """Runs the command.
+
+    Raises:
+        InputError: The model is not there, broken, or of no supported family.
+        UnsupportedModelError: PruMerge cannot work on this model of a supported family.
+    """
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    present = (MODEL_DIR / "config.json").is_file()
     found = {
-        "demo_model": {"folder": str(MODEL_DIR), "present": (MODEL_DIR / "config.json").is_file()},
+        "demo_model": {"folder": str(MODEL_DIR), "present": present},
+        "model": _model(model or MODEL_DIR) if model or present else None,
         "cuda": torch.version.cuda,
         "devices": {str(device): _describe(device) for device in devices},
         "vllm_plugin": plugin()._asdict(),
@@ -31,6 +44,20 @@ def run(command: list[str], *, as_json: bool) -> None:
         report.print_json(found)
     else:
         report.console().print(_table(found))
+
+
+def _model(source: str | Path) -> dict[str, Any]:
+    """What `patch` does on a model, of which only the configuration is read."""
+    described = describe(source)
+    family, llava = described.family, outline(described)
+    return {
+        "name": described.name,
+        "class": described.model_class.__name__,
+        "patches": family.num_patches(llava),
+        "scores": family.scores(llava),
+        "why": family.why_scores(llava),
+        "defaults": asdict(family.default_config(llava)),
+    }
 
 
 def _describe(device: torch.device) -> str:
@@ -61,4 +88,12 @@ def _table(found: dict[str, Any]) -> Table:
     table.rows[-1].end_section = True
     model = found["demo_model"]
     table.add_row("demo model", model["folder"] if model["present"] else "missing")
+    if found["model"]:
+        table.rows[-1].end_section = True
+        table.add_row("model", "{name}, {class}, {patches} patches".format(**found["model"]))
+        scored = SCORES[found["model"]["scores"]]
+        table.add_row("", f"patches are scored by {scored}: {found['model']['why']}")
+        table.add_row(
+            "", "patch(model): {variant}, keep={keep}".format(**found["model"]["defaults"])
+        )
     return table

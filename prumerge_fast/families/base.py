@@ -86,6 +86,11 @@ class BaseAdapter(ABC):
         """What `scores="auto"` stands for on this model."""
         return "class" if self.has_class_token(model) else "received"
 
+    def why_scores(self, model: Any) -> str:
+        """The reason for that, as half a sentence."""
+        has = "has a" if self.has_class_token(model) else "has no"
+        return f"its vision tower {has} class token"
+
     def default_config(self, model: Any) -> PruMergeConfig:
         """What `patch` starts from without options.
 

@@ -23,9 +23,10 @@ from prumerge_fast.harness.models import load
 from prumerge_fast.harness.prompts import prepare
 from prumerge_fast.harness.videos import read_video, sampled
 from prumerge_fast.patching.patch import patched
+from prumerge_fast.reduction.config import PruMergeConfig
 from prumerge_fast.towers.encoder import EncoderTower
 
-NAMES = ["ViP-LLaVA", "LLaVA-NeXT", "Video-LLaVA", "LLaVA-NeXT-Video"]
+NAMES = ["ViP-LLaVA", "LLaVA-NeXT", "Video-LLaVA", "LLaVA-NeXT-Video", "LLaVA-NeXT with SigLIP"]
 OF_VIDEOS = [name for name in NAMES if "video" in FAMILIES[name].kinds]
 FRAMES = 3
 KEEP = 3
@@ -137,7 +138,7 @@ def check(saved: Saved, result: dict[str, Any], placeholders: list[int]) -> list
         plain = model.generate(**inputs, **options)[0, start:]
         said = tokenizer.decode(plain, skip_special_tokens=True).strip()
         assert answer["answers"]["LLaVA"] == said
-        with patched(model, keep=KEEP):
+        with patched(model, PruMergeConfig(keep=KEEP)):
             pruned = model.generate(**inputs, **options)[0, start:]
             kept.append(sum(model.prumerge.last_lengths))
         said = tokenizer.decode(pruned, skip_special_tokens=True).strip()
@@ -440,14 +441,20 @@ def shown(capsys, saved, picture, output, *options) -> dict[str, Any]:
 def test_show_an_image(saved, pictures, tmp_path, capsys):
     """What it says is kept are the most attended patches of each crop that are no padding."""
     out = tmp_path / "shown.png"
-    result = shown(capsys, saved, pictures / "wide.png", out, "--keep", KEEP)
+    options = ("--keep", KEEP, "--variant", "prumerge")
+    result = shown(capsys, saved, pictures / "wide.png", out, *options)
+    has_class_token = FAMILIES[saved.name].class_token
+    assert result["scores"] == ("class" if has_class_token else "received")
     side = side_of(saved.name) // 6
     crops = saved.name.startswith("LLaVA-NeXT")
     views = result["views"] if crops else [result]
     assert len(views) == (3 if crops else 1)
     for number, view in enumerate(views):
         attention = np.asarray(view["attention"])
-        assert 0 < attention.sum() < 1  # the class token has the rest
+        if has_class_token:
+            assert 0 < attention.sum() < 1  # the class token has the rest
+        else:
+            assert attention.sum() == pytest.approx(1)
         assert view["kept"] == sorted(range(side * side), key=lambda j: -attention[j])[:KEEP]
         assert list(map(int, view["neighbours"])) == view["kept"]
         padding = attention.reshape(side, side)[[0, -1]]
@@ -460,9 +467,39 @@ def test_show_an_image(saved, pictures, tmp_path, capsys):
         assert result["grid"] == [1, 2]
         model, inputs = model_of(saved), by_hand(saved, pictures / "wide.png", "what ?")
         assert result["all_tokens"] == (inputs["input_ids"] == 90).sum()
-        with patched(model, keep=KEEP), torch.no_grad():
+        with patched(model, PruMergeConfig(keep=KEEP)), torch.no_grad():
             model(**inputs)
             assert model.prumerge.last_lengths == (result["visual_tokens"],)
+
+
+def test_what_is_not_given_follows_the_model(pictures, tmp_path, tmp_path_factory, capsys):
+    """Without a class token: PruMerge+, a quarter of the tokens; `--keep none` is adaptive."""
+    folder = tmp_path_factory.mktemp("siglip") / "model"
+    save("LLaVA with SigLIP", folder)
+    assert main(["doctor", "--json", "--model", str(folder)]) == 0
+    found = json.loads(capsys.readouterr().out)["model"]
+    assert (found["scores"], found["patches"]) == ("received", 25)
+    assert found["why"] == "its vision tower has no class token"
+    assert (found["defaults"]["variant"], found["defaults"]["keep"]) == ("prumerge+", 0.25)
+    assert main(["doctor", "--model", str(folder)]) == 0
+    assert "the attention they receive" in " ".join(capsys.readouterr().out.split())
+
+    picture = str(pictures / "square.png")
+    command = ["show", picture, "--model", str(folder), "--json", "-o", str(tmp_path / "a.png")]
+    for options, variant, keep in (
+        ([], "prumerge+", 0.25),
+        (["--variant", "prumerge"], "prumerge", 0.25),
+        (["--keep", "none"], "prumerge+", None),
+        (["--keep", "3"], "prumerge+", 3),
+    ):
+        assert main(command + options) == 0
+        config = json.loads(capsys.readouterr().out)["config"]
+        assert (config["variant"], config["keep"]) == (variant, keep), options
+    for options in (["--scores", "class"], ["--keep", "26"]):
+        assert main(command + options) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"prumerge-fast: {options[0]}: expected"), said
+    assert main(["cost", "--json", "--model", str(folder), "--keep", "6", "--device", "H100"]) == 0
 
 
 def test_show_a_video(of_videos, films, tmp_path, capsys):
@@ -552,7 +589,7 @@ def test_evaluate(saved, pictures, films, tmp_path, capsys, monkeypatch):
     for number, path in enumerate(asked):
         inputs = by_hand(saved, path, "what ?")
         for policy, config in EVALUATED.items():
-            with patched(model, **config):
+            with patched(model, PruMergeConfig(**config)):
                 ids = model.generate(**inputs, max_new_tokens=ANSWER, do_sample=False)
                 (length,) = model.prumerge.last_lengths
             new = ids[0, inputs["input_ids"].shape[1] :]
