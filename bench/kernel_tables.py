@@ -30,6 +30,31 @@ def counts(run: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def received(run: dict[str, Any]) -> str:
+    """What attention received takes of one image, beside its tower: a row for each launch."""
+    lines = [
+        "| tower: N, C, heads | launch | programs | warp instructions | longest program | "
+        "tensor-core instructions | read, of one read of Q and K | written | operations, of the "
+        "tower's |",
+        "|---|---|" + "---:|" * 7,
+    ]
+    for row in run["received_counts"]:
+        read = row["bytes_read"] / row["bytes_of_queries_and_keys"]
+        cells = [
+            f"{row['tower']}: {row['patches']:,}, {row['channels']:,}, {row['heads']}",
+            row["launch"],
+            str(row["programs"]),
+            f"{row['warp_instructions']:,}",
+            f"{row['longest_program']:,}",
+            f"{row['tensor_core_instructions']:,}",
+            f"{read:.1f}",
+            f"{row['bytes_written'] / 1024:.0f} KiB",
+            f"{row['operations'] / row['tower_operations']:.2%}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def resources(run: dict[str, Any]) -> str:
     """What a program needs: a row for each target, a column for each dtype and launch."""
     rows = run["resources"]

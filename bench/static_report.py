@@ -31,6 +31,7 @@ import ptxemu  # noqa: E402
 from kernel_cases import golden  # noqa: E402
 from kernel_resources import SHARED_MEMORY, TARGETS, resources_of  # noqa: E402
 from prumerge_fast.kernels import launch_config  # noqa: E402
+from prumerge_fast.kernels.received_attention import choose_tiles, launch_arguments  # noqa: E402
 
 from prumerge_fast.harness.provenance import provenance  # noqa: E402
 from prumerge_fast.reduction.config import PruMergeConfig  # noqa: E402
@@ -47,6 +48,12 @@ GPUS = {
     "A100": (108, 1.41e9, 2.039e12),
     "H100": (132, 1.98e9, 3.35e12),
     "RTX 4090": (128, 2.52e9, 1.008e12),
+}
+# Towers whose patches are scored by the attention they receive: N, C, heads, layers and the width
+# of the MLP.
+TOWERS = {
+    "SigLIP SO400M/14-384": (729, 1152, 16, 27, 4304),
+    "InternViT 300M/14-448": (1024, 1024, 16, 24, 4096),
 }
 
 
@@ -112,6 +119,40 @@ def _row(dtype: torch.dtype, case: str, stats: ptxemu.LaunchStats, once: int) ->
     }
 
 
+def received_counts() -> list[dict[str, Any]]:
+    """A row for each tower and launch of `received_attention`: one image in 16 bits, for sm_80."""
+    rows = []
+    for tower, (patches, channels, heads, layers, mlp) in TOWERS.items():
+        query, keys = torch.zeros(2, 1, patches, channels, dtype=torch.float16)
+        tiles = choose_tiles(channels // heads, keys.dtype, "sm_80")
+        _, launches = launch_arguments(query, keys, heads, tiles=tiles, class_token=False)
+        # Products only, as `prumerge-fast cost` counts a tower.
+        layer = patches * channels * (8 * channels + 4 * mlp) + 4 * patches**2 * channels
+        for name, launch in zip(("what softmax divides by", "sums"), launches, strict=True):
+            with ptxemu.install(80, schedule="lockstep", profile=True) as emulator:
+                launch.kernel[launch.grid](*launch.positional, **launch.named)
+            stats = emulator.last
+            rows.append(
+                {
+                    "tower": tower,
+                    "patches": patches,
+                    "channels": channels,
+                    "heads": heads,
+                    "launch": name,
+                    "programs": len(stats.program_instructions),
+                    "warp_instructions": stats.warp_instructions,
+                    "longest_program": stats.critical_path,
+                    "tensor_core_instructions": stats.mma,
+                    "bytes_read": 32 * stats.of("global", "load").transactions,
+                    "bytes_written": 32 * stats.of("global", "store").transactions,
+                    "bytes_of_queries_and_keys": query.nbytes + keys.nbytes,
+                    "operations": 2 * patches**2 * channels,
+                    "tower_operations": layers * layer,
+                }
+            )
+    return rows
+
+
 def kernel_digest() -> str:
     """Of the source of the kernel and its launch configurations, lines of comment left out."""
     lines = [
@@ -136,6 +177,7 @@ def main(arguments: list[str]) -> None:
         "image": IMAGE,
         "emulated_target": "sm_80",
         "counts": counts(),
+        "received_counts": received_counts(),
         "resources": resources(),
     }
     path.write_text(json.dumps(result, indent=1) + "\n")

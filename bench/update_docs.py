@@ -185,6 +185,7 @@ TABLES = {
     "cost": _from_run("cost.json", cost_tables.shapes),
     "published": _from_run("cost.json", cost_tables.published),
     "kernel_counts": _from_run("static-report.json", kernel_tables.counts),
+    "received_counts": _from_run("static-report.json", kernel_tables.received),
     "kernel_resources": _from_run("static-report.json", kernel_tables.resources),
     "curve": _from_run("demo-accuracy.json", accuracy_tables.curve),
     "kinds": _from_run("demo-accuracy.json", accuracy_tables.kinds),

@@ -1,8 +1,8 @@
 """How much attention each token receives: column means of softmax(QKᵀ), never N x N in memory.
 
 Two launches. The first finds what each query's softmax divides by; the second gives each program
-some tokens, and sums their shares over all heads and queries. Every sum has one order, without
-atomics, so that the result is the same in every run.
+some tokens of one head, and sums their shares over all queries. PyTorch sums the heads. Every sum
+has one order, without atomics, so that the result is the same in every run.
 """
 
 from __future__ import annotations
@@ -90,33 +90,33 @@ def received_attention_kernel(
     stride_qb, stride_kb,
     STRIDE_QN: tl.constexpr, STRIDE_QC: tl.constexpr,
     STRIDE_KN: tl.constexpr, STRIDE_KC: tl.constexpr,
-    # output, contiguous: [B, N], of the last N of R keys
-    received,
+    # output, contiguous: [B, H, N], of the last N of R keys
+    shares,
     scale,
     Q: tl.constexpr, R: tl.constexpr, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Mean share that a tile of tokens has in the softmax of each query and head."""
-    image = tl.program_id(0).to(tl.int64)
+    """What a tile of tokens adds to the mean over heads: its mean share in the softmax of each
+    query of one head."""
+    head = tl.program_id(0)
+    image = (head // H).to(tl.int64)
+    first_channel = (head % H).to(tl.int64) * D
     tokens = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
     read = (R - N + tl.minimum(tokens, N - 1)).to(tl.int64)
-    image_keys = keys + image * stride_kb + read * STRIDE_KN  # [BN]
+    key_rows = keys + image * stride_kb + read * STRIDE_KN + first_channel * STRIDE_KC  # [BN]
+    head_query = query + image * stride_qb + first_channel * STRIDE_QC
+    head_sums = log_sums + head.to(tl.int64) * Q
     sums = tl.zeros((BLOCK_N,), tl.float32)
-    for head in range(H):
-        first_channel = tl.cast(head, tl.int64) * D
-        key_rows = image_keys + first_channel * STRIDE_KC
-        head_query = query + image * stride_qb + first_channel * STRIDE_QC
-        head_sums = log_sums + (image * H + head) * Q
-        for start in range(0, Q, BLOCK_M):
-            rows = start + tl.arange(0, BLOCK_M)  # [BM]
-            query_rows = head_query + tl.minimum(rows, Q - 1).to(tl.int64) * STRIDE_QN
-            scores = scale * _scores(
-                query_rows, key_rows, STRIDE_QC, STRIDE_KC, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION
-            )
-            log_sum = tl.load(head_sums + rows, mask=rows < Q, other=0.0)  # [BM]
-            shares = tl.exp2(scores - log_sum[:, None])  # [BM, BN]
-            sums += tl.sum(tl.where((rows < Q)[:, None], shares, 0.0), 0)
-    tl.store(received + image * N + tokens, sums / (H * Q), mask=tokens < N)
+    for start in range(0, Q, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)  # [BM]
+        query_rows = head_query + tl.minimum(rows, Q - 1).to(tl.int64) * STRIDE_QN
+        scores = scale * _scores(
+            query_rows, key_rows, STRIDE_QC, STRIDE_KC, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION
+        )
+        log_sum = tl.load(head_sums + rows, mask=rows < Q, other=0.0)  # [BM]
+        of_query = tl.exp2(scores - log_sum[:, None])  # [BM, BN]
+        sums += tl.sum(tl.where((rows < Q)[:, None], of_query, 0.0), 0)
+    tl.store(shares + head.to(tl.int64) * N + tokens, sums / (H * Q), mask=tokens < N)
 
 
 class Tiles(NamedTuple):
@@ -162,13 +162,13 @@ def received_attention(
     Returns:
         [B, N] float32.
     """
-    received, launches = launch_arguments(
+    shares, launches = launch_arguments(
         query, keys, num_heads, tiles=tiles, class_token=class_token
     )
-    if len(received) > 0:
+    if len(shares) > 0:
         for launch in launches:
             launch.kernel[launch.grid](*launch.positional, **launch.named)
-    return received
+    return shares.sum(1)
 
 
 class Launch(NamedTuple):
@@ -183,12 +183,13 @@ class Launch(NamedTuple):
 def launch_arguments(
     query: Tensor, keys: Tensor, num_heads: int, *, tiles: Tiles, class_token: bool
 ) -> tuple[Tensor, tuple[Launch, Launch]]:
-    """The output, not yet filled, and what fills it; arguments as in `received_attention`."""
+    """What each head adds to the output, [B, H, N], not yet filled, and what fills it; arguments
+    as in `received_attention`."""
     batch, rows, channels = keys.shape
     query = query[:, int(class_token) :]
     num_patches, head_width = query.shape[1], channels // num_heads
     log_sums = keys.new_empty(batch, num_heads, num_patches, dtype=torch.float32)
-    received = keys.new_empty(batch, num_patches, dtype=torch.float32)
+    shares = torch.empty_like(log_sums)
     scale = _LOG2_E / math.sqrt(head_width)
     strides = (query.stride(0), keys.stride(0), *query.stride()[1:], *keys.stride()[1:])
     named = {
@@ -212,8 +213,8 @@ def launch_arguments(
     )
     second = Launch(
         received_attention_kernel,
-        (batch, triton.cdiv(num_patches, tiles.block_n)),
-        (query, keys, log_sums, *strides, received, scale),
+        (batch * num_heads, triton.cdiv(num_patches, tiles.block_n)),
+        (query, keys, log_sums, *strides, shares, scale),
         {**named, "N": num_patches},
     )
-    return received, (first, second)
+    return shares, (first, second)

@@ -42,6 +42,11 @@ class View:
     attention: dict[str, Tensor]
     kept: dict[str, list[int]]
 
+    @property
+    def cells(self) -> int:
+        """N, all patches."""
+        return len(next(iter(self.attention.values())))
+
 
 @dataclass(frozen=True, eq=False)
 class Seen:

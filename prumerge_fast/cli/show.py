@@ -158,7 +158,7 @@ def draw(seen: Seen, links: list[dict[int, list[int]]], scores: str) -> Image.Im
     shown = [links[number] for number in numbers]
     attention = [view.attention[SHOWN] for view in views]
     panel = PANEL // 2 if several else PANEL
-    grids = [Grid(v.image, len(a), panel) for v, a in zip(views, attention, strict=True)]
+    grids = [Grid(view.image, view.cells, panel) for view in views]
 
     def arranged(tiles: Iterable[Image.Image]) -> Image.Image:
         return seen.arranged([g.final(tile) for g, tile in zip(grids, tiles, strict=True)])

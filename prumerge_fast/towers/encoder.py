@@ -148,7 +148,8 @@ class EncoderTower(ABC):
         at = min(deepest, len(layers) - 1)  # the layer that reads them, or else the last
         attention = self.attention(layers[at])
         around = [tower, transformer, self.encoder(transformer)]
-        states, caught = None, dict[str, Tensor]()
+        states = None
+        caught: dict[str, Tensor] = {}
         with ExitStack() as stack:
             if at < deepest and not torch.compiler.is_compiling():
                 for name in ("q_proj", "k_proj"):

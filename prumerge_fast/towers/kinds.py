@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 from prumerge_fast.errors import UnsupportedModelError
+from prumerge_fast.towers import clip, siglip
 from prumerge_fast.towers.encoder import EncoderTower
 from prumerge_fast.towers.wrappers import (
     PARALLEL_WRAPPERS,
@@ -14,10 +14,7 @@ from prumerge_fast.towers.wrappers import (
     unwrapped,
 )
 
-_KINDS = {
-    "CLIPVisionModel": "prumerge_fast.towers.clip",
-    "SiglipVisionModel": "prumerge_fast.towers.siglip",
-}
+_KINDS: dict[str, EncoderTower] = {tower.class_name: tower for tower in (clip.TOWER, siglip.TOWER)}
 
 
 def tower_kind(tower: Any) -> EncoderTower:
@@ -30,7 +27,7 @@ def tower_kind(tower: Any) -> EncoderTower:
     inner = unwrapped(tower)
     for cls in type(inner).__mro__:
         if cls.__name__ in _KINDS:
-            return import_module(_KINDS[cls.__name__]).TOWER
+            return _KINDS[cls.__name__]
     raise UnsupportedModelError(
         f"vision tower: expected a {' or '.join(_KINDS)}, got {unknown(inner)}"
     )

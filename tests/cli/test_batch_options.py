@@ -82,7 +82,7 @@ def test_output_is_required(capsys, photos):
                 ('{"model": "other"}', "no model, which is --model, got"),
             )
         ),
-        (["--keep", "0"], "--keep: expected a whole number >= 1 (tokens) or a share"),
+        (["--keep", "0"], "--keep: expected a whole number >= 1 (tokens), a share"),
     ],
 )
 def test_bad_values(without, monkeypatch, capsys, photos, tmp_path, given, says):

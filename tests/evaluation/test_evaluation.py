@@ -25,6 +25,7 @@ from prumerge_fast.harness import inputs, provenance
 from prumerge_fast.harness.inputs import Item
 from prumerge_fast.harness.models import load
 from prumerge_fast.harness.prompts import prepare
+from prumerge_fast.reduction.reading import Reading
 
 BUDGET = 16
 
@@ -90,9 +91,9 @@ def test_every_method_spends_its_budget(chosen, answered):
 
 def test_policies_hand_over_the_tokens_that_they_choose(chosen):
     hidden = torch.arange(2 * 26.0).reshape(2, 26, 1)  # 5 x 5 patches
-    given = torch.ones(2, 1), torch.ones_like(hidden), hidden
+    given = Reading(torch.ones(2, 1), torch.ones_like(hidden), hidden, 1, class_token=True)
     found = {
-        policy.method: policy.reduction(["a", "b"])(*given, policy.config, backend="auto").split()
+        policy.method: policy.reduction(["a", "b"])(given, policy.config, "auto").split()
         for policy in policies.policies([4], 25)
         if policy.method in (policies.ALL_TOKENS, policies.RANDOM, policies.EVEN)
     }

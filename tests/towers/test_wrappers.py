@@ -227,6 +227,6 @@ def test_copies_of_a_wrapped_tower() -> None:
 def test_the_tower_alone() -> None:
     tower = tiny_llava().model.vision_tower
     with torch.no_grad():
-        expected = TOWER.read(tower, PIXELS, -2)
-        actual = TOWER.read(compiled(tower), PIXELS, -2)
+        expected = TOWER.read(tower, PIXELS, -2)[:3]
+        actual = TOWER.read(compiled(tower), PIXELS, -2)[:3]
     assert all(map(torch.equal, actual, expected))
