@@ -410,6 +410,6 @@ FAMILIES: dict[str, Family] = {
     "LLaVA-NeXT": LlavaNext(),
     "LLaVA-NeXT-Video": LlavaNextVideo(),
     "LLaVA with SigLIP": LlavaSiglip(),
-    "LLaVA with SigLIP's last layer": LlavaSiglipLast(),
+    "LLaVA with SigLIP, last layer": LlavaSiglipLast(),
     "LLaVA-NeXT with SigLIP": LlavaNextSiglip(),
 }
