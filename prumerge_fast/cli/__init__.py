@@ -63,6 +63,11 @@ class Heads(str, Enum):
     separate = "separate"
 
 
+class Policies(str, Enum):
+    methods = "methods"
+    scores = "scores"
+
+
 class Backend(str, Enum):
     auto = "auto"
     triton = "triton"
@@ -431,6 +436,13 @@ def _evaluate(
     count: Annotated[
         int, _count_option("How many questions about demo scenes, without --questions.")
     ] = 2000,
+    policies: Annotated[
+        Policies,
+        typer.Option(
+            help="methods: PruMerge beside simple ways to choose; scores: PruMerge by each score "
+            "of patches, and with positions that close the gaps or stay."
+        ),
+    ] = Policies.methods,
     tokens: Annotated[
         list[int] | None,
         typer.Option(
@@ -458,7 +470,7 @@ def _evaluate(
     strict: StrictOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Accuracy with intervals: PruMerge beside random, evenly spaced and most attended tokens.
+    """Accuracy with intervals, at equal numbers of tokens and with paired differences.
 
     Without --questions, asks about demo scenes that no one was trained on.
     """
@@ -475,6 +487,7 @@ def _evaluate(
             image_aspect_ratio=_value(image_aspect_ratio),
             frames=frames,
             count=count,
+            policies=policies.value,
             budgets=list(dict.fromkeys(tokens or (8, 16, 32, 64, 128))),
             output=output,
             dtype=dtype.value,

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +42,44 @@ _CONFIGS: dict[str, PruMergeConfig] = {
 }
 METHODS = (RANDOM, EVEN, *_CONFIGS)
 """Methods that are compared at equal budgets."""
+
+# What is subtracted from what, at equal budgets: ours from the simple ones, and each ablation step.
+_PAIRS_OF_METHODS = (
+    *((ours, other) for ours in (PRUMERGE, PRUMERGE_PLUS) for other in (RANDOM, EVEN, TOP_K)),
+    *zip(ABLATION[1:], ABLATION, strict=False),
+)
+
+
+def _scorings() -> dict[str, PruMergeConfig]:
+    """What patches are scored by, and where tokens stand, of both variants."""
+    found = {}
+    for name in (PRUMERGE, PRUMERGE_PLUS):
+        config = _CONFIGS[name]
+        for scores, heads in itertools.product(("class", "received"), ("joint", "separate")):
+            scored = config.replace(scores=scores, heads=heads)
+            found[f"{name}, {scores}, {heads}"] = scored
+        original = config.replace(positions="original")
+        found[f"{name}, original positions"] = original
+        found[f"{name}, raster order"] = config.replace(order="raster")
+        found[f"{name}, raster order, original positions"] = original.replace(order="raster")
+    return found
+
+
+def _pairs_of_scorings(class_token: bool) -> list[tuple[str, str]]:
+    found = []
+    for name in (PRUMERGE, PRUMERGE_PLUS):
+        received = (f"{name}, received, separate", f"{name}, received, joint")
+        by_class = (f"{name}, class, joint", f"{name}, class, separate")
+        default = by_class[0] if class_token else received[0]
+        raster = f"{name}, raster order"
+        found += [
+            (received[0], by_class[0]),
+            (by_class[1], by_class[0]),
+            (received[1], received[0]),
+            (f"{name}, original positions", default),
+            (f"{raster}, original positions", raster),
+        ]
+    return found if class_token else [pair for pair in found if not any("class" in p for p in pair)]
 
 
 _CHOICE = PruMergeConfig(merge="none", supplement=False, order="raster")
@@ -79,7 +118,14 @@ class Policy:
         return _choosing(self.choose, self.budget, names)
 
 
-def policies(budgets: Sequence[int], patches: int) -> list[Policy]:
+class Comparison(NamedTuple):
+    """Policies, and the methods whose differences at equal budgets are of interest."""
+
+    policies: list[Policy]
+    pairs: Sequence[tuple[str, str]]
+
+
+def methods(budgets: Sequence[int], patches: int) -> Comparison:
     """All tokens, PruMerge and PruMerge+ as each image decides, and all methods at each budget.
 
     Args:
@@ -89,12 +135,7 @@ def policies(budgets: Sequence[int], patches: int) -> list[Policy]:
     Raises:
         ValueError: A budget is less than 2 or more than N.
     """
-    for budget in budgets:
-        if not 2 <= budget <= patches:
-            raise ValueError(
-                f"tokens: expected 2 to N = {patches}, the number of patch tokens of an image, "
-                f"got {budget}"
-            )
+    _check_budgets(budgets, patches)
     found = [Policy(ALL_TOKENS, None, _EVERYTHING)]
     found += [
         Policy(f"{name}, adaptive", None, _CONFIGS[name]) for name in (PRUMERGE, PRUMERGE_PLUS)
@@ -104,11 +145,47 @@ def policies(budgets: Sequence[int], patches: int) -> list[Policy]:
             Policy(RANDOM, budget, _CHOICE.replace(keep=budget), random_patches),
             Policy(EVEN, budget, _CHOICE.replace(keep=budget), even_patches),
         ]
-        found += [
-            Policy(name, budget, config.replace(keep=budget - config.supplement))
-            for name, config in _CONFIGS.items()
-        ]
-    return found
+        found += _at(budget, _CONFIGS)
+    return Comparison(found, _PAIRS_OF_METHODS)
+
+
+def scorings(budgets: Sequence[int], patches: int, *, class_token: bool) -> Comparison:
+    """All tokens, and both variants at each budget by every score and with either positions.
+
+    Args:
+        budgets: Tokens of an image, a crop or a frame.
+        patches: N.
+        class_token: Whether the vision tower has one, which can score patches.
+
+    Raises:
+        ValueError: A budget is less than 2 or more than N.
+    """
+    _check_budgets(budgets, patches)
+    configs = {
+        name: config
+        for name, config in _scorings().items()
+        if class_token or config.scores != "class"
+    }
+    found = [Policy(ALL_TOKENS, None, _EVERYTHING)]
+    for budget in budgets:
+        found += _at(budget, configs)
+    return Comparison(found, _pairs_of_scorings(class_token))
+
+
+def _at(budget: int, configs: Mapping[str, PruMergeConfig]) -> list[Policy]:
+    return [
+        Policy(name, budget, config.replace(keep=budget - bool(config.supplement)))
+        for name, config in configs.items()
+    ]
+
+
+def _check_budgets(budgets: Sequence[int], patches: int) -> None:
+    for budget in budgets:
+        if not 2 <= budget <= patches:
+            raise ValueError(
+                f"tokens: expected 2 to N = {patches}, the number of patch tokens of an image, "
+                f"got {budget}"
+            )
 
 
 def random_patches(patches: int, count: int, name: str) -> list[int]:

@@ -19,17 +19,7 @@ from prumerge_fast.demo import MODEL_DIR
 from prumerge_fast.demo.items import items_from_demo
 from prumerge_fast.errors import InputError
 from prumerge_fast.evaluation import fingerprint, metrics, stored
-from prumerge_fast.evaluation.policies import (
-    ABLATION,
-    ALL_TOKENS,
-    EVEN,
-    PRUMERGE,
-    PRUMERGE_PLUS,
-    RANDOM,
-    TOP_K,
-    Policy,
-    policies,
-)
+from prumerge_fast.evaluation.policies import ALL_TOKENS, Comparison, Policy, methods, scorings
 from prumerge_fast.families.base import ImageTokens
 from prumerge_fast.harness.answers import failures, failures_line
 from prumerge_fast.harness.inputs import Item, items_from_jsonl
@@ -39,12 +29,8 @@ from prumerge_fast.harness.provenance import provenance
 from prumerge_fast.harness.questions import batches
 from prumerge_fast.patching.encoder_output import PrunedFeatures
 from prumerge_fast.patching.patch import patched
+from prumerge_fast.towers.wrappers import unwrapped
 
-# What is subtracted from what, at equal budgets: ours from the simple ones, and each ablation step.
-PAIRS = (
-    *((ours, other) for ours in (PRUMERGE, PRUMERGE_PLUS) for other in (RANDOM, EVEN, TOP_K)),
-    *zip(ABLATION[1:], ABLATION, strict=False),
-)
 OVERALL = "overall"
 
 
@@ -60,6 +46,7 @@ class EvaluationOptions:
     image_aspect_ratio: str | None
     frames: int
     count: int
+    policies: str
     budgets: list[int]
     output: Path | None
     dtype: str
@@ -118,11 +105,11 @@ def run(options: EvaluationOptions, track: Track) -> dict[str, Any]:
     )
     check_modalities(loaded, items)
     try:
-        chosen = policies(options.budgets, loaded.patches)
+        compared = _compared(options, loaded)
     except ValueError as error:
         raise InputError(f"--{error}") from None
     header = {} if options.output is None else _header(options, loaded, items, images)
-    answers = answer_all(options, loaded, items, chosen, header, track)
+    answers = answer_all(options, loaded, items, compared.policies, header, track)
     failed = failures(items, answers.failed)
     pictures = len({item.picture for item in items})
     if len(failed) == len(items):
@@ -138,9 +125,16 @@ def run(options: EvaluationOptions, track: Track) -> dict[str, Any]:
         },
         "pictures": pictures,
         "failed": failed,
-        **score(items, chosen, answers),
+        **score(items, compared, answers),
         **provenance(options.command, loaded.device),
     }
+
+
+def _compared(options: EvaluationOptions, loaded: Loaded) -> Comparison:
+    if options.policies == "methods":
+        return methods(options.budgets, loaded.patches)
+    class_token = loaded.adapter.has_class_token(unwrapped(loaded.model))
+    return scorings(options.budgets, loaded.patches, class_token=class_token)
 
 
 def _items(options: EvaluationOptions) -> list[Item]:
@@ -193,6 +187,7 @@ def _settings(options: EvaluationOptions, loaded: Loaded) -> dict[str, Any]:
     return {
         "questions": None if options.questions is None else str(options.questions),
         "count": None if options.questions is not None else options.count,
+        "policies": options.policies,
         "tokens": options.budgets,
         "conv_template": options.conv_template,
         "image_aspect_ratio": options.image_aspect_ratio,
@@ -350,11 +345,12 @@ def generate(
     return sequences[:, prompts["input_ids"].shape[1] :].cpu()
 
 
-def score(items: Sequence[Item], chosen: Sequence[Policy], answers: Answers) -> dict[str, Any]:
+def score(items: Sequence[Item], compared: Comparison, answers: Answers) -> dict[str, Any]:
     """Accuracy overall and by kind, POPE's measures, and paired differences, with intervals.
 
     Shares of 1; intervals are of 95 %, bootstrapped over images.
     """
+    chosen = compared.policies
     names = [policy.name for policy in chosen]
     expected = [item.expected or "" for item in items]
     images = [item.image for item in items]
@@ -384,7 +380,7 @@ def score(items: Sequence[Item], chosen: Sequence[Policy], answers: Answers) -> 
         resamples = measure.resampled([i for i, used in zip(images, asked, strict=True) if used])
         for p, name in enumerate(names):
             rows[name]["accuracy"][kind] = _entry(values[p], resamples[:, p])
-        for p, q in _pairs(chosen):
+        for p, q in _pairs(compared):
             paired.append(
                 {
                     "policy": names[p],
@@ -449,13 +445,14 @@ def _pope(
     return found
 
 
-def _pairs(chosen: Sequence[Policy]) -> list[tuple[int, int]]:
-    """Which policies are subtracted: all tokens from all others, and `PAIRS` at equal budgets."""
+def _pairs(compared: Comparison) -> list[tuple[int, int]]:
+    """Which policies are subtracted: all tokens from all others, and pairs at equal budgets."""
+    chosen = compared.policies
     where = {(policy.method, policy.budget): p for p, policy in enumerate(chosen)}
     everything = where[ALL_TOKENS, None]
     found = [(p, everything) for p in range(len(chosen)) if p != everything]
     for budget in dict.fromkeys(p.budget for p in chosen if p.budget is not None):
-        found += [(where[ours, budget], where[other, budget]) for ours, other in PAIRS]
+        found += [(where[one, budget], where[other, budget]) for one, other in compared.pairs]
     return found
 
 

@@ -41,8 +41,13 @@ def items():
 
 
 @pytest.fixture(scope="module")
-def chosen(demo):
-    return policies.policies([BUDGET], demo.patches)
+def compared(demo):
+    return policies.methods([BUDGET], demo.patches)
+
+
+@pytest.fixture(scope="module")
+def chosen(compared):
+    return compared.policies
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +94,30 @@ def test_every_method_spends_its_budget(chosen, answered):
         assert set(answered["tokens"][policy.name]) == {BUDGET}
 
 
+@pytest.mark.parametrize("class_token", [True, False])
+def test_policies_of_scores(class_token):
+    """Every score of a tower at every budget, with the pairs that are there."""
+    found = policies.scorings([5, 9], 25, class_token=class_token)
+    names = [policy.name for policy in found.policies]
+    assert len(set(names)) == len(names) == 1 + 2 * 2 * (7 if class_token else 5)
+    assert any("class" in name for name in names) == class_token
+    for one, other in found.pairs:
+        assert {f"{one} (5)", f"{other} (9)"} <= set(names)
+    configs = {policy.name: policy.config for policy in found.policies}
+    first = configs["PruMerge+, received, separate (5)"]
+    assert (first.scores, first.heads, first.capacity(25)) == ("received", "separate", 5)
+    assert configs["PruMerge, raster order, original positions (9)"].positions == "original"
+    assert len(found.pairs) == (10 if class_token else 6)
+    with pytest.raises(ValueError, match="tokens: expected 2 to N = 25"):
+        policies.scorings([26], 25, class_token=class_token)
+
+
 def test_policies_hand_over_the_tokens_that_they_choose(chosen):
     hidden = torch.arange(2 * 26.0).reshape(2, 26, 1)  # 5 x 5 patches
     given = Reading(torch.ones(2, 1), torch.ones_like(hidden), hidden, 1, class_token=True)
     found = {
         policy.method: policy.reduction(["a", "b"])(given, policy.config, "auto").split()
-        for policy in policies.policies([4], 25)
+        for policy in policies.methods([4], 25).policies
         if policy.method in (policies.ALL_TOKENS, policies.RANDOM, policies.EVEN)
     }
     assert torch.equal(torch.stack(found[policies.ALL_TOKENS]), hidden[:, 1:])
@@ -197,7 +220,7 @@ def said(texts, tokens):
     return run.Answers(texts, tokens, (stored.now(), stored.now()), 0)
 
 
-def test_scores_by_kind_and_pair(chosen, items):
+def test_scores_by_kind_and_pair(compared, chosen, items):
     """Policies that are right on known questions get known figures."""
     names = [policy.name for policy in chosen]
     right = [item.expected for item in items]
@@ -206,7 +229,7 @@ def test_scores_by_kind_and_pair(chosen, items):
     texts[f"{policies.PRUMERGE} ({BUDGET})"] = right
     texts[policies.ALL_TOKENS] = right[:5] + wrong[5:]
     tokens = {name: [3] * len(items) for name in names}
-    result = run.score(items, chosen, said(texts, tokens))
+    result = run.score(items, compared, said(texts, tokens))
     rows = result["policies"]
     assert result["questions"] == {"overall": 10} | dict.fromkeys(
         ["existence", "colour", "shape", "count", "position"], 2
@@ -224,13 +247,13 @@ def test_scores_by_kind_and_pair(chosen, items):
     json.dumps(result, allow_nan=False)
 
 
-def test_intervals_of_differences_are_paired(chosen, items):
+def test_intervals_of_differences_are_paired(compared, chosen, items):
     """A policy that answers alike differs by nothing; one that fails, by the other's accuracy."""
     right = [item.expected for item in items]
     texts = {policy.name: ["" for _ in items] for policy in chosen}
     texts[policies.ALL_TOKENS] = texts["evenly spaced (16)"] = right[:5] + [""] * 5
     tokens = {name: [3] * len(items) for name in texts}
-    result = run.score(items, chosen, said(texts, tokens))
+    result = run.score(items, compared, said(texts, tokens))
     low, high = result["policies"][policies.ALL_TOKENS]["accuracy"]["overall"]["interval"]
     assert low < 0.5 < high
     differences = {
@@ -242,7 +265,7 @@ def test_intervals_of_differences_are_paired(chosen, items):
     assert differences["random (16)"] == (-0.5, pytest.approx([-high, -low]))
 
 
-def test_pope_by_category_and_the_mean_f1_of_categories(chosen):
+def test_pope_by_category_and_the_mean_f1_of_categories(compared, chosen):
     """By hand: `a` has a hit and a miss, `b` is all right, `c` asks for no yes or no."""
     names = [policy.name for policy in chosen]
     asked = [("a", "yes"), ("a", "yes"), ("a", "no"), ("b", "yes"), ("b", "no"), ("c", "red")]
@@ -251,7 +274,7 @@ def test_pope_by_category_and_the_mean_f1_of_categories(chosen):
         for n, (kind, answer) in enumerate([*asked, (None, "no")])
     ]
     texts = {name: ["yes", "no", "no", "yes", "no", "red", "yes"] for name in names}
-    result = run.score(items, chosen, said(texts, {name: [3] * 7 for name in names}))
+    result = run.score(items, compared, said(texts, {name: [3] * 7 for name in names}))
     assert result["yes_no_questions"] == 6
     assert result["yes_no_by_kind"] == {"a": 3, "b": 2}
     row = result["policies"][names[0]]
@@ -267,12 +290,12 @@ def test_pope_by_category_and_the_mean_f1_of_categories(chosen):
     json.dumps(result, allow_nan=False)
 
 
-def test_pope_without_categories_and_without_questions_of_that_sort(chosen):
+def test_pope_without_categories_and_without_questions_of_that_sort(compared, chosen):
     names = [policy.name for policy in chosen]
     for answer, measures in (("yes", set(metrics.POPE_MEASURES)), ("red", set())):
         items = [Item(0, "x", load=None, text="?", expected=answer)]
         texts, tokens = ({name: [entry] for name in names} for entry in ("no", 3))
-        result = run.score(items, chosen, said(texts, tokens))
+        result = run.score(items, compared, said(texts, tokens))
         row = result["policies"][names[0]]
         assert set(row["pope"]) == measures
         assert row["pope_by_kind"] == result["yes_no_by_kind"] == {}
