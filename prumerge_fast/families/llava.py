@@ -150,8 +150,10 @@ class LlavaAdapter(Adapter):
         tokens, _ = merged.packed()  # [sum of lengths, C]
         features = inner_model(model).multi_modal_projector(tokens)  # [sum of lengths, D]
         lengths = merged.lengths.view(count, -1).sum(1).tolist()
-        each = self.placeholders(modality, patches.features.shape[1]) * (len(pictures) // count)
-        return ImageTokens(features, lengths, [each] * count)
+        each = self.placeholders(modality, patches.features.shape[1])  # of an image or a frame
+        frames = len(pictures) // count
+        places = _places(merged, each, frames)
+        return ImageTokens(features, lengths, [each * frames] * count, places)
 
     def pooled(
         self, model: Any, modality: str, reading: Reading, config: PruMergeConfig, backend: str
@@ -235,13 +237,29 @@ def _encoded(images: Mapping[str, Any], modality: str) -> ImageTokens | None:
     lengths = [len(feature) for feature in features]
     placeholders = getattr(output, "placeholders", None)
     if placeholders is None:  # of a plain model, as many as there are tokens
-        return ImageTokens(torch.cat(features), lengths, lengths)
+        places = torch.cat([torch.arange(length) for length in lengths])
+        return ImageTokens(torch.cat(features), lengths, lengths, places)
     if len(placeholders) != len(lengths):
         raise ValueError(
             f"mm_encoder_outputs: expected placeholders for each of {len(lengths)} {modality}s, "
             f"got {len(placeholders)}"
         )
-    return ImageTokens(torch.cat(features), lengths, placeholders.tolist())
+    if len(output.places) != sum(lengths):
+        raise ValueError(
+            f"mm_encoder_outputs: expected places for each of {sum(lengths)} tokens of {modality}s, "
+            f"got {len(output.places)}"
+        )
+    places = output.places.cpu()
+    return ImageTokens(torch.cat(features), lengths, placeholders.tolist(), places)
+
+
+def _places(merged: MergedTokens, placeholders: int, frames: int) -> Tensor:
+    """`ImageTokens.places` of videos of so many frames, of so many placeholders each; or images."""
+    kept = merged.kept.long().cpu()  # [V * F, capacity]
+    place = kept.where(kept >= 0, placeholders - 1)
+    frame = torch.arange(len(kept)) % frames
+    is_token = torch.arange(kept.shape[1]) < merged.lengths.cpu()[:, None]
+    return (place + placeholders * frame[:, None])[is_token]
 
 
 ADAPTER = LlavaAdapter()

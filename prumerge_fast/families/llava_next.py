@@ -75,8 +75,9 @@ class LlavaNextAdapter(LlavaAdapter):
         rows = prune_crops(reading, layout, config, backend, self.reduce)
 
         features = inner_model(model).multi_modal_projector(rows.tokens)  # [R, D]
-        features, lengths = with_newlines(features, _newline(model), rows, layout, config.order)
-        return ImageTokens(features, lengths, [len(places) for places in layout.images])
+        features, *arranged = with_newlines(features, _newline(model), rows, layout, config.order)
+        lengths, places = arranged
+        return ImageTokens(features, lengths, [len(image) for image in layout.images], places)
 
     def views(
         self,

@@ -117,6 +117,11 @@ def patch(
         raise ValueError(
             f"outputs: expected {expected} for {type(instance).__name__}, got {outputs!r}"
         )
+    if config.positions not in adapter.positions:
+        raise ValueError(
+            f"positions: expected {' or '.join(map(repr, adapter.positions))} for "
+            f"{type(instance).__name__}, which counts positions itself, got {config.positions!r}"
+        )
     check_adapters(model, "model")
     adapter.check(instance)
     if config is None:
