@@ -125,8 +125,11 @@ def test_padded_batches_equal_single_prompts(
     assert seen == [width, width]
 
 
-@pytest.mark.parametrize("positions", ["compact", "original"])
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    ("side", "positions"),
+    [("left", "compact"), ("right", "compact"), ("left", "original"), ("right", "original")],
+    ids=["left", "right", "left, original", "right, original"],
+)
 @torch.no_grad()
 def test_loss(family: Family, plain: Any, model: Any, side: str, positions: str) -> None:
     config = family.default.replace(positions=positions)
