@@ -433,9 +433,7 @@ class LlavaNextVideo(LlavaNext):
         tower = self.tower(oracle.model, "video")
         query, keys, hidden = tower_outputs(tower, frame[None], *self.layers)
         windows = [  # of 2 x 2 patches; the last row and column of 5 are not read
-            [r * SIDE + c for r in (y, y + 1) for c in (x, x + 1)]
-            for y in (0, 2)
-            for x in (0, 2)
+            [r * SIDE + c for r in (y, y + 1) for c in (x, x + 1)] for y in (0, 2) for x in (0, 2)
         ]
         attention = scores_by_hand(query, keys, oracle.config)  # [1, N]
         pooled = [

@@ -63,6 +63,11 @@ class Heads(str, Enum):
     separate = "separate"
 
 
+class Positions(str, Enum):
+    compact = "compact"
+    original = "original"
+
+
 class Backend(str, Enum):
     auto = "auto"
     triton = "triton"
@@ -163,6 +168,13 @@ HeadsOption = Annotated[
         "auto: joint for the class token's attention."
     ),
 ]
+PositionsOption = Annotated[
+    Positions,
+    typer.Option(
+        help="compact: the language model counts the tokens that are left; original: each stands "
+        "in its place in the whole prompt."
+    ),
+]
 BackendOption = Annotated[Backend, typer.Option(help="What runs the token reduction.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="auto: float32 on a CPU, float16 on a GPU.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")]
@@ -256,6 +268,7 @@ def _compare(
     merge: MergeOption = Merge.sum,
     scores: ScoresOption = Scores.auto,
     heads: HeadsOption = Heads.auto,
+    positions: PositionsOption = Positions.compact,
     backend: BackendOption = Backend.auto,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
@@ -298,7 +311,7 @@ def _compare(
             html=html,
             count=count,
             chosen=[
-                _chosen(one, keep, neighbours, merge, scores, heads)
+                _chosen(one, keep, neighbours, merge, scores, heads, positions)
                 for one in dict.fromkeys(variant or Variant)
             ],
             backend=backend.value,
@@ -528,6 +541,7 @@ def _batch(
     merge: MergeOption = Merge.sum,
     scores: ScoresOption = Scores.auto,
     heads: HeadsOption = Heads.auto,
+    positions: PositionsOption = Positions.compact,
     engine: Annotated[
         Engine,
         typer.Option(
@@ -595,7 +609,7 @@ def _batch(
             image_folder=image_folder,
             conv_template=_value(conv_template),
             image_aspect_ratio=_value(image_aspect_ratio),
-            chosen=_chosen(variant, keep, neighbours, merge, scores, heads),
+            chosen=_chosen(variant, keep, neighbours, merge, scores, heads, positions),
             engine=engine.value,
             engine_kwargs=_engine_kwargs(engine_kwargs, engine),
             address=address,
@@ -656,6 +670,7 @@ def _chosen(
     merge: Merge,
     scores: Scores,
     heads: Heads,
+    positions: Positions = Positions.compact,
 ) -> dict[str, Any]:
     """Options of `PruMergeConfig`; what is not given is left to the model."""
     from prumerge_fast.reduction.config import PruMergeConfig
@@ -665,6 +680,7 @@ def _chosen(
         "merge": merge.value,
         "scores": scores.value,
         "heads": heads.value,
+        "positions": positions.value,
     }
     if variant is not None:
         chosen["variant"] = variant.value

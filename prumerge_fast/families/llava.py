@@ -244,13 +244,14 @@ def _encoded(images: Mapping[str, Any], modality: str) -> ImageTokens | None:
             f"mm_encoder_outputs: expected placeholders for each of {len(lengths)} {modality}s, "
             f"got {len(placeholders)}"
         )
-    if len(output.places) != sum(lengths):
+    places = getattr(output, "places", None)
+    if places is None or len(places) != sum(lengths):
+        got = None if places is None else len(places)
         raise ValueError(
-            f"mm_encoder_outputs: expected places for each of {sum(lengths)} tokens of {modality}s, "
-            f"got {len(output.places)}"
+            f"mm_encoder_outputs: expected the places of {sum(lengths)} tokens of {modality}s, got "
+            f"{got}"
         )
-    places = output.places.cpu()
-    return ImageTokens(torch.cat(features), lengths, placeholders.tolist(), places)
+    return ImageTokens(torch.cat(features), lengths, placeholders.tolist(), places.cpu())
 
 
 def _places(merged: MergedTokens, placeholders: int, frames: int) -> Tensor:

@@ -337,7 +337,7 @@ def _copies(placeholders: Placeholders) -> Tensor:
 
 
 def _stands(ids: Tensor, source: Tensor, visual: Sequence[Placeholders]) -> Tensor | None:
-    """`PromptLayout.stands` of prompts [B, L] whose tokens come from the columns `source` [B, S]."""
+    """`PromptLayout.stands` of prompts [B, L] of whose columns `source` [B, S] is left."""
     placed = [(each, each.places) for each in visual if each.places is not None]
     if not placed:
         return None

@@ -158,9 +158,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("positions", ["compact", "original"])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_generate_keeping_everything(
-    family: Family, model: Any, name: str, positions: str
-) -> None:
+def test_generate_keeping_everything(family: Family, model: Any, name: str, positions: str) -> None:
     prompts = family.prompts()
     # Without the prompts of several pictures, which transformers 4 mixes up among beams.
     inputs = family.inputs([parts for parts in prompts if len(parts) <= 3])
