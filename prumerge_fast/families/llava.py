@@ -237,8 +237,8 @@ def _encoded(images: Mapping[str, Any], modality: str) -> ImageTokens | None:
     lengths = [len(feature) for feature in features]
     placeholders = getattr(output, "placeholders", None)
     if placeholders is None:  # of a plain model, as many as there are tokens
-        places = torch.cat([torch.arange(length) for length in lengths])
-        return ImageTokens(torch.cat(features), lengths, lengths, places)
+        every = torch.cat([torch.arange(length) for length in lengths])
+        return ImageTokens(torch.cat(features), lengths, lengths, every)
     if len(placeholders) != len(lengths):
         raise ValueError(
             f"mm_encoder_outputs: expected placeholders for each of {len(lengths)} {modality}s, "
