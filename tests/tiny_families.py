@@ -102,6 +102,11 @@ class Family:
         """The projected tokens [m, D] of an image or a video, by hand."""
         return oracle.prune(self.tower(oracle.model, kind), self.pixels(kind, number))
 
+    def places(self, oracle: FamilyOracle, kind: str, number: int) -> list[int]:
+        """Which of the picture's placeholders each of those tokens stands for, by hand."""
+        oracle.prune(self.tower(oracle.model, kind), self.pixels(kind, number))
+        return [index if index >= 0 else PATCHES - 1 for index in oracle.kept]
+
     def tower(self, model: Any, kind: str) -> Any:
         return model.model.vision_tower
 
@@ -183,7 +188,7 @@ class FamilyOracle(Oracle):
         if isinstance(config.keep, int):
             config = config.replace(keep=min(config.keep, keys.shape[1]))
         merged = reduce_tokens(attention, keys, patches, config, backend="reference")
-        self.kept = merged.kept[0].tolist()
+        self.kept = merged.kept[0, : merged.lengths[0]].tolist()
         return merged.split()[0]
 
     @torch.no_grad()
@@ -200,6 +205,28 @@ class FamilyOracle(Oracle):
             for part in parts
         ]
         return torch.cat(pieces)[None]
+
+    def columns(self, parts: list[Part]) -> list[int]:
+        """The column of the caller's prompt that each of the shrunk prompt's tokens stands for."""
+        columns: list[int] = []
+        start = 0
+        for part in parts:
+            is_text = isinstance(part, list)
+            places = range(len(part)) if is_text else self.family.places(self, *part)
+            columns += [start + place for place in places]
+            start += len(part) if is_text else self.family.placeholders(*part)
+        return columns
+
+    def placed(self, parts: list[Part], length: int) -> dict[str, Tensor]:
+        if self.config.positions == "compact":
+            return {}
+        columns, end = self.columns(parts), len(self.family.ids(parts))
+        columns += range(end, end + length - len(columns))
+        # With a mask: without one, gaps would be the ends of packed sequences.
+        return {
+            "position_ids": torch.tensor([columns]),
+            "attention_mask": torch.ones(1, length, dtype=torch.long),
+        }
 
     def rows(self, parts: list[Part], _pixels: None = None) -> list[int]:
         """Which row of `logits` each of the caller's columns shows, by hand."""
@@ -262,6 +289,17 @@ class VideoLlava(Family):
             pieces.append(oracle.model.model.multi_modal_projector(hidden[0, :1]))
             pieces.append(oracle.prune(tower, frame))
         return torch.cat(pieces)
+
+    def places(self, oracle: FamilyOracle, kind: str, number: int) -> list[int]:
+        if kind == "image":
+            return super().places(oracle, kind, number)
+        places = []
+        for start, frame in enumerate(self.pixels(kind, number)):
+            start *= 1 + PATCHES
+            oracle.prune(self.tower(oracle.model, kind), frame)
+            places.append(start)
+            places += [start + (1 + kept if kept >= 0 else PATCHES) for kept in oracle.kept]
+        return places
 
 
 class LlavaNext(Family):
@@ -330,6 +368,34 @@ class LlavaNext(Family):
             pieces.append(newline)
         return torch.stack([*pieces, *supplements]) if pieces or supplements else newline[None][:0]
 
+    def places(self, oracle: FamilyOracle, kind: str, number: int) -> list[int]:
+        tower, crops = self.tower(oracle.model, kind), self.pixels(kind, number)
+        rows, columns = self.read[number]
+        width = len(columns) + 1  # with the newline
+        last = self.placeholders(kind, number) - 1
+        oracle.prune(tower, crops[0])
+        places = [kept if kept >= 0 else last for kept in oracle.kept]
+        in_grid, supplements = [], []
+        for index, crop in enumerate(crops[1:]):
+            row, column = divmod(index, self.grids[number][1])
+            numbers = {}  # of patches of the crop that are read, their placeholders
+            for r in rows:
+                for c in columns:
+                    if (r // SIDE, c // SIDE) == (row, column):
+                        place = PATCHES + (r - rows[0]) * width + c - columns[0]
+                        numbers[r % SIDE * SIDE + c % SIDE] = place
+            oracle.prune(tower, crop, torch.tensor(sorted(numbers), dtype=torch.int64))
+            found = [numbers[sorted(numbers)[kept]] for kept in oracle.kept if kept >= 0]
+            of_supplement = [last] * (len(oracle.kept) - len(found))
+            if oracle.config.order == "raster":
+                in_grid += found
+                supplements += of_supplement
+            elif oracle.kept:
+                lowest = max((place - PATCHES) // width for place in numbers.values())
+                places += [*found, *of_supplement, PATCHES + lowest * width + width - 1]
+        newlines = {PATCHES + (place - PATCHES) // width * width + width - 1 for place in in_grid}
+        return [*places, *sorted([*in_grid, *newlines]), *supplements]
+
 
 class LlavaNextVideo(LlavaNext):
     kinds = ("image", "video")
@@ -351,21 +417,30 @@ class LlavaNextVideo(LlavaNext):
     def features(self, oracle: FamilyOracle, kind: str, number: int) -> Tensor:
         if kind == "image":
             return super().features(oracle, kind, number)
-        tower, pieces = self.tower(oracle.model, kind), []
-        for frame in self.pixels(kind, number):
-            query, keys, hidden = tower_outputs(tower, frame[None], *self.layers)
-            windows = [  # of 2 x 2 patches; the last row and column of 5 are not read
-                [r * SIDE + c for r in (y, y + 1) for c in (x, x + 1)]
-                for y in (0, 2)
-                for x in (0, 2)
-            ]
-            attention = scores_by_hand(query, keys, oracle.config)  # [1, N]
-            pooled = [
-                torch.stack([values[:, window].mean(1) for window in windows], 1)
-                for values in (attention, keys[:, 1:], hidden[:, 1:])
-            ]
-            pieces.append(oracle.project(*pooled))
-        return torch.cat(pieces)
+        return torch.cat([self.pooled(oracle, frame) for frame in self.pixels(kind, number)])
+
+    def places(self, oracle: FamilyOracle, kind: str, number: int) -> list[int]:
+        if kind == "image":
+            return super().places(oracle, kind, number)
+        places = []
+        for index, frame in enumerate(self.pixels(kind, number)):
+            self.pooled(oracle, frame)
+            places += [4 * index + (kept if kept >= 0 else 3) for kept in oracle.kept]
+        return places
+
+    def pooled(self, oracle: FamilyOracle, frame: Tensor) -> Tensor:
+        """Tokens [m, D] of a frame of a video."""
+        tower = self.tower(oracle.model, "video")
+        query, keys, hidden = tower_outputs(tower, frame[None], *self.layers)
+        windows = [  # of 2 x 2 patches; the last row and column of 5 are not read
+            [r * SIDE + c for r in (y, y + 1) for c in (x, x + 1)] for y in (0, 2) for x in (0, 2)
+        ]
+        attention = scores_by_hand(query, keys, oracle.config)  # [1, N]
+        pooled = [
+            torch.stack([values[:, window].mean(1) for window in windows], 1)
+            for values in (attention, keys[:, 1:], hidden[:, 1:])
+        ]
+        return oracle.project(*pooled)
 
 
 class LlavaSiglip(Family):

@@ -237,14 +237,22 @@ class Oracle:
     @torch.no_grad()
     def logits(self, ids: list[int], pixel_values: Tensor | None) -> Tensor:
         """[S, V]"""
-        return self.model(inputs_embeds=self.embeds(ids, pixel_values)).logits[0]
+        embeds = self.embeds(ids, pixel_values)
+        return self.model(inputs_embeds=embeds, **self.placed(ids, embeds.shape[1])).logits[0]
+
+    def placed(self, ids: list[int], length: int) -> dict[str, Tensor]:
+        """Where so many tokens stand, for the model; nothing where it is to count them itself."""
+        assert self.config.positions == "compact"
+        return {}
 
     @torch.no_grad()
     def answer(self, ids: list[int], pixel_values: Tensor | None, count: int) -> list[int]:
         """Greedy, without a cache, until EOS."""
         embeds, answer = self.embeds(ids, pixel_values), []
         while len(answer) < count and (not answer or answer[-1] != EOS):
-            token = int(self.model(inputs_embeds=embeds, use_cache=False).logits[0, -1].argmax())
+            placed = self.placed(ids, embeds.shape[1])
+            outputs = self.model(inputs_embeds=embeds, use_cache=False, **placed)
+            token = int(outputs.logits[0, -1].argmax())
             answer.append(token)
             embeds = torch.cat(
                 [embeds, self.model.get_input_embeddings()(torch.tensor([[token]]))], 1

@@ -68,6 +68,11 @@ class Policies(str, Enum):
     scores = "scores"
 
 
+class Positions(str, Enum):
+    compact = "compact"
+    original = "original"
+
+
 class Backend(str, Enum):
     auto = "auto"
     triton = "triton"
@@ -168,6 +173,13 @@ HeadsOption = Annotated[
         "auto: joint for the class token's attention."
     ),
 ]
+PositionsOption = Annotated[
+    Positions,
+    typer.Option(
+        help="compact: the language model counts the tokens that are left; original: each stands "
+        "in its place in the whole prompt."
+    ),
+]
 BackendOption = Annotated[Backend, typer.Option(help="What runs the token reduction.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="auto: float32 on a CPU, float16 on a GPU.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")]
@@ -261,6 +273,7 @@ def _compare(
     merge: MergeOption = Merge.sum,
     scores: ScoresOption = Scores.auto,
     heads: HeadsOption = Heads.auto,
+    positions: PositionsOption = Positions.compact,
     backend: BackendOption = Backend.auto,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
@@ -303,7 +316,7 @@ def _compare(
             html=html,
             count=count,
             chosen=[
-                _chosen(one, keep, neighbours, merge, scores, heads)
+                _chosen(one, keep, neighbours, merge, scores, heads, positions)
                 for one in dict.fromkeys(variant or Variant)
             ],
             backend=backend.value,
@@ -541,6 +554,7 @@ def _batch(
     merge: MergeOption = Merge.sum,
     scores: ScoresOption = Scores.auto,
     heads: HeadsOption = Heads.auto,
+    positions: PositionsOption = Positions.compact,
     engine: Annotated[
         Engine,
         typer.Option(
@@ -608,7 +622,7 @@ def _batch(
             image_folder=image_folder,
             conv_template=_value(conv_template),
             image_aspect_ratio=_value(image_aspect_ratio),
-            chosen=_chosen(variant, keep, neighbours, merge, scores, heads),
+            chosen=_chosen(variant, keep, neighbours, merge, scores, heads, positions),
             engine=engine.value,
             engine_kwargs=_engine_kwargs(engine_kwargs, engine),
             address=address,
@@ -669,6 +683,7 @@ def _chosen(
     merge: Merge,
     scores: Scores,
     heads: Heads,
+    positions: Positions = Positions.compact,
 ) -> dict[str, Any]:
     """Options of `PruMergeConfig`; what is not given is left to the model."""
     from prumerge_fast.reduction.config import PruMergeConfig
@@ -678,6 +693,7 @@ def _chosen(
         "merge": merge.value,
         "scores": scores.value,
         "heads": heads.value,
+        "positions": positions.value,
     }
     if variant is not None:
         chosen["variant"] = variant.value

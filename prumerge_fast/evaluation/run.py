@@ -29,6 +29,7 @@ from prumerge_fast.harness.provenance import provenance
 from prumerge_fast.harness.questions import batches
 from prumerge_fast.patching.encoder_output import PrunedFeatures
 from prumerge_fast.patching.patch import patched
+from prumerge_fast.reduction.config import Positions
 from prumerge_fast.towers.wrappers import unwrapped
 
 OVERALL = "overall"
@@ -308,7 +309,7 @@ def answer_batch(
             for i, length in zip(asked, encoded[modality].lengths, strict=True):
                 lengths[i] = length
         tokens[policy.name] = lengths
-        ids = generate(loaded, prompts, encoded, max_new_tokens)
+        ids = generate(loaded, prompts, encoded, max_new_tokens, policy.config.positions)
         decoded = loaded.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
         texts[policy.name] = [text.strip() for text in decoded]
     return {"texts": texts, "tokens": tokens, "failed": failed}
@@ -323,6 +324,7 @@ def generate(
     prompts: Mapping[str, Tensor],
     encoded: Mapping[str, ImageTokens],
     max_new_tokens: int,
+    positions: Positions = "compact",
 ) -> Tensor:
     """Greedy answers [B, new tokens] behind prompts whose images and videos have these tokens."""
     # A patched model takes images that are encoded already, as many tokens of each as there are.
@@ -330,10 +332,11 @@ def generate(
         modality: PrunedFeatures(
             pooler_output=list(tokens.features.split(tokens.lengths)),
             placeholders=torch.tensor(tokens.placeholders),
+            places=tokens.places,
         )
         for modality, tokens in encoded.items()
     }
-    with patched(loaded.model):
+    with patched(loaded.model, positions=positions):
         sequences = loaded.model.generate(
             **prompts,
             mm_encoder_outputs=outputs,

@@ -6,12 +6,12 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from prumerge_fast.reduction.config import PruMergeConfig
+from prumerge_fast.reduction.config import Positions, PruMergeConfig
 from prumerge_fast.reduction.output import MergedTokens
 from prumerge_fast.reduction.reading import Patches, Reading, reduce_patches
 from prumerge_fast.towers.wrappers import unwrapped
@@ -25,11 +25,15 @@ class ImageTokens:
         features: [sum of lengths, D], image after image.
         lengths: Number of tokens of each image.
         placeholders: Number of placeholder tokens that each image has in the caller's prompt.
+        places: [sum of lengths] int64 on the CPU, the placeholder of its own image, from 0 on, that
+            each token stands for: its patch's; the last of a crop's image or of a frame for what
+            sums that up.
     """
 
     features: Tensor
     lengths: list[int]
     placeholders: list[int]
+    places: Tensor
 
 
 class Views(NamedTuple):
@@ -63,6 +67,9 @@ class BaseAdapter(ABC):
 
     outputs: ClassVar[tuple[str, ...]] = ("shrunk",)
     """Whose length outputs can have, the default first."""
+
+    positions: ClassVar[tuple[str, ...]] = ("compact",)
+    """Which of `PruMergeConfig.positions` the language model can be given."""
 
     @abstractmethod
     def check(self, model: Any) -> None:
@@ -133,6 +140,7 @@ class Adapter(BaseAdapter):
     """
 
     outputs: ClassVar[tuple[str, ...]] = ("caller", "shrunk")
+    positions: ClassVar[tuple[str, ...]] = get_args(Positions)
 
     image_arguments: ClassVar[tuple[str, ...]]
     """Names of those arguments."""

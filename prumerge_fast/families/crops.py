@@ -118,7 +118,7 @@ def prune_crops(
 
 def with_newlines(
     features: Tensor, newline: Tensor, rows: CropRows, layout: CropLayout, order: str
-) -> tuple[Tensor, list[int]]:
+) -> tuple[Tensor, list[int], Tensor]:
     """What the language model reads: the projected rows and the newlines between them.
 
     Args:
@@ -129,39 +129,47 @@ def with_newlines(
         order: As in `PruMergeConfig`.
 
     Returns:
-        Features of all images, one after the other, and the number of rows of each.
+        Features of all images, one after the other; the number of rows of each; and the place of
+        each row in its image as the model itself has it, as `ImageTokens.places`.
     """
-    index, lengths = _arrange(rows.crop, rows.patch, layout, order)
-    return torch.cat((features, newline.to(features)[None]))[index.to(features.device)], lengths
+    index, lengths, places = _arrange(rows.crop, rows.patch, layout, order)
+    arranged = torch.cat((features, newline.to(features)[None]))[index.to(features.device)]
+    return arranged, lengths, places
 
 
 def _arrange(
     crop: Tensor, patch: Tensor, layout: CropLayout, order: str
-) -> tuple[Tensor, list[int]]:
+) -> tuple[Tensor, list[int], Tensor]:
     """Rows [R] of crops, in the order of crops, and newlines as the language model reads them.
 
     Returns:
-        Index of each row, R for a newline; and the number of rows of each image.
+        Index of each row, R for a newline; the number of rows of each image; and the place of each
+        row among its image's: a patch's own, for a supplement the last, for a newline behind a crop
+        that of the newline behind the crop's last row.
     """
+    read = torch.cat(layout.images)  # [T], all images
+    total = torch.tensor([len(places) for places in layout.images])
+    ends = total.cumsum(0)
+    place = torch.full((layout.is_read.numel(),), -1)  # [K * N], among all images'
+    place[read[read >= 0]] = (read >= 0).nonzero()[:, 0]
+    newlines = (read < 0).nonzero()[:, 0]  # places, which end rows
+
     in_grid = ~layout.is_overview[crop]  # [R]
     image = layout.image_of_crop[crop]  # [R]
+    is_patch = patch >= 0  # [R]
+    stands = place[patch].where(is_patch, ends[image] - 1)  # [R]
     if order == "attention":
         ended = crop[in_grid].unique()  # crops that a newline ends
         newline_image = layout.image_of_crop[ended]
+        last = place.view(layout.is_read.shape).amax(1)[ended]
+        newlines = newlines[torch.searchsorted(newlines, last)]
         key = torch.cat((2 * crop, 2 * ended + 1))
     else:
-        read = torch.cat(layout.images)  # [T], all images
-        lengths = torch.tensor([len(places) for places in layout.images])
-        ends = lengths.cumsum(0)
-        place = torch.empty(layout.is_read.numel(), dtype=torch.int64)
-        place[read[read >= 0]] = (read >= 0).nonzero()[:, 0]
         behind = torch.where(  # what a supplement follows
-            in_grid, ends[image], (ends - lengths)[image] + layout.is_read.shape[1]
+            in_grid, ends[image], (ends - total)[image] + layout.is_read.shape[1]
         )
-        is_patch = patch >= 0  # [R]
-        key = torch.where(is_patch, 2 * place[patch], 2 * behind - 1)  # [R]
+        key = torch.where(is_patch, 2 * stands, 2 * behind - 1)  # [R]
 
-        newlines = (read < 0).nonzero()[:, 0]  # places, which end rows
         all_in_grid = (read >= 0) & ~layout.is_overview[read // layout.is_read.shape[1]]  # [T]
         is_empty = torch.ones_like(newlines, dtype=torch.bool)
         is_empty[torch.searchsorted(newlines, all_in_grid.nonzero()[:, 0])] = False
@@ -170,6 +178,9 @@ def _arrange(
         newlines = newlines[is_left]
         newline_image = torch.searchsorted(ends, newlines, right=True)
         key = torch.cat((key, 2 * newlines))
+    order_of_rows = key.argsort(stable=True)
     index = torch.arange(len(key)).clamp(max=len(crop))
     image = torch.cat((image, newline_image))
-    return index[key.argsort(stable=True)], image.bincount(minlength=len(layout.images)).tolist()
+    stands = torch.cat((stands, newlines)) - (ends - total)[image]
+    lengths = image.bincount(minlength=len(layout.images)).tolist()
+    return index[order_of_rows], lengths, stands[order_of_rows]

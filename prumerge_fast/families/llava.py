@@ -150,8 +150,10 @@ class LlavaAdapter(Adapter):
         tokens, _ = merged.packed()  # [sum of lengths, C]
         features = inner_model(model).multi_modal_projector(tokens)  # [sum of lengths, D]
         lengths = merged.lengths.view(count, -1).sum(1).tolist()
-        each = self.placeholders(modality, patches.features.shape[1]) * (len(pictures) // count)
-        return ImageTokens(features, lengths, [each] * count)
+        each = self.placeholders(modality, patches.features.shape[1])  # of an image or a frame
+        frames = len(pictures) // count
+        places = _places(merged, each, frames)
+        return ImageTokens(features, lengths, [each * frames] * count, places)
 
     def pooled(
         self, model: Any, modality: str, reading: Reading, config: PruMergeConfig, backend: str
@@ -235,13 +237,30 @@ def _encoded(images: Mapping[str, Any], modality: str) -> ImageTokens | None:
     lengths = [len(feature) for feature in features]
     placeholders = getattr(output, "placeholders", None)
     if placeholders is None:  # of a plain model, as many as there are tokens
-        return ImageTokens(torch.cat(features), lengths, lengths)
+        every = torch.cat([torch.arange(length) for length in lengths])
+        return ImageTokens(torch.cat(features), lengths, lengths, every)
     if len(placeholders) != len(lengths):
         raise ValueError(
             f"mm_encoder_outputs: expected placeholders for each of {len(lengths)} {modality}s, "
             f"got {len(placeholders)}"
         )
-    return ImageTokens(torch.cat(features), lengths, placeholders.tolist())
+    places = getattr(output, "places", None)
+    if places is None or len(places) != sum(lengths):
+        got = None if places is None else len(places)
+        raise ValueError(
+            f"mm_encoder_outputs: expected the places of {sum(lengths)} tokens of {modality}s, got "
+            f"{got}"
+        )
+    return ImageTokens(torch.cat(features), lengths, placeholders.tolist(), places.cpu())
+
+
+def _places(merged: MergedTokens, placeholders: int, frames: int) -> Tensor:
+    """`ImageTokens.places` of videos of so many frames, of so many placeholders each; or images."""
+    kept = merged.kept.long().cpu()  # [V * F, capacity]
+    place = kept.where(kept >= 0, placeholders - 1)
+    frame = torch.arange(len(kept)) % frames
+    is_token = torch.arange(kept.shape[1]) < merged.lengths.cpu()[:, None]
+    return (place + placeholders * frame[:, None])[is_token]
 
 
 ADAPTER = LlavaAdapter()

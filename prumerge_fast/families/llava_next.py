@@ -74,9 +74,10 @@ class LlavaNextAdapter(LlavaAdapter):
         reading = self.read(model, "image", crops, images, config.scores == "received")
         rows = prune_crops(reading, layout, config, backend, self.reduce)
 
-        features = inner_model(model).multi_modal_projector(rows.tokens)  # [R, D]
-        features, lengths = with_newlines(features, _newline(model), rows, layout, config.order)
-        return ImageTokens(features, lengths, [len(places) for places in layout.images])
+        projected = inner_model(model).multi_modal_projector(rows.tokens)  # [R, D]
+        newline = _newline(model)
+        features, lengths, places = with_newlines(projected, newline, rows, layout, config.order)
+        return ImageTokens(features, lengths, [len(image) for image in layout.images], places)
 
     def views(
         self,

@@ -48,6 +48,8 @@ class VideoLlavaAdapter(LlavaAdapter):
             merged,
             tokens=torch.cat((reading.hidden[:, :1], merged.tokens), 1),  # [V * F, 1+capacity, C]
             lengths=merged.lengths + 1,
+            # As placeholders are counted: the class token's is 0, and patches follow.
+            kept=torch.nn.functional.pad(merged.kept + (merged.kept >= 0), (1, 0)),
         )
 
     def placeholders(self, modality: str, patches: int) -> int:

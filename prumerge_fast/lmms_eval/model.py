@@ -58,6 +58,7 @@ class LlavaPruMerge(lmms):
             tower has no class token.
         scores: "auto", "class" or "received", as in `PruMergeConfig`.
         heads: "auto", "joint" or "separate", as in `PruMergeConfig`.
+        positions: "compact" or "original", as in `PruMergeConfig`.
         dtype: "auto" (float32 on a CPU, else float16), "float32", "bfloat16" or "float16".
         load_in_4bit: Language model in NF4 (bitsandbytes).
         conv_template: `None`: the processor's chat template, as `prumerge-fast compare`;
@@ -86,6 +87,7 @@ class LlavaPruMerge(lmms):
         keep: int | float | str | None = None,
         scores: str = "auto",
         heads: str = "auto",
+        positions: str = "compact",
         dtype: str = "auto",
         load_in_4bit: bool = False,
         conv_template: str | None = None,
@@ -111,15 +113,19 @@ class LlavaPruMerge(lmms):
             raise ValueError(f"frames: expected a whole number >= 1, got {frames!r}")
         self._frames = frames
         if variant == UNPRUNED:
-            unset = {"keep": None, "scores": "auto", "heads": "auto"}
-            for name, value in {"keep": keep, "scores": scores, "heads": heads}.items():
-                if value != unset[name]:
+            for name, value, unset in (
+                ("keep", keep, None),
+                ("scores", scores, "auto"),
+                ("heads", heads, "auto"),
+                ("positions", positions, "compact"),
+            ):
+                if value != unset:
                     raise ValueError(
                         f"{name}: expected none beside variant={UNPRUNED}, got {value}"
                     )
             chosen: dict[str, Any] | None = None
         else:
-            chosen = {"scores": scores, "heads": heads}
+            chosen = {"scores": scores, "heads": heads, "positions": positions}
             if variant is not None:
                 chosen["variant"] = variant
             if keep is not None:

@@ -21,11 +21,13 @@ class PrunedFeatures(BaseModelOutputWithPooling):
         placeholders: [n] int64, how many placeholder tokens each has in the caller's prompt: a
             field and a tensor, so that it goes wherever the features go, through hooks and copies,
             until they come back as `mm_encoder_outputs`.
+        places: [sum of m] int64, as `ImageTokens.places`.
     """
 
     pooler_output: list[Tensor] | None = None  # type: ignore[assignment]
     placeholders: Tensor | None = None
+    places: Tensor | None = None
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """As the plain model's, without `placeholders`."""
-        return tuple(self[name] for name in self.keys() if name != "placeholders")
+        """As the plain model's, with nothing but features."""
+        return tuple(self[name] for name in self.keys() if name not in ("placeholders", "places"))

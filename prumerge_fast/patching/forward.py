@@ -20,6 +20,7 @@ from prumerge_fast.families.arguments import named_arguments
 from prumerge_fast.families.base import Adapter, ImageTokens
 from prumerge_fast.patching.cache_layout import remember_layout, remembered_layout
 from prumerge_fast.patching.prompt import PromptLayout, padding_of
+from prumerge_fast.patching.sequences import packed_sequences, tell_sequences
 from prumerge_fast.patching.shrinking import (
     check_prompt,
     embed_prompt,
@@ -221,6 +222,9 @@ def _shrink(
     if positions is None:
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # [1, L]
         arguments["position_ids"] = layout.columns().to(arguments["inputs_embeds"].device)
+    if layout.stands is not None:
+        sequence = packed_sequences(positions.expand_as(input_ids))  # [B, L]
+        tell_sequences(model, arguments, layout.gather(sequence, -1) if sequence.any() else None)
     arguments.pop("cache_position", None)  # 0 .. L-1; the model counts the shrunk prompt itself
     return _Shrunk(layout.placed(positions), encoded)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from prumerge_fast.families.base import Adapter
 from prumerge_fast.patching.cache_layout import forget_layout, remember_layout, remembered_layout
 from prumerge_fast.patching.forward import check_cache_is_empty
 from prumerge_fast.patching.prompt import PromptLayout
+from prumerge_fast.patching.sequences import tell_sequences
 from prumerge_fast.patching.shrinking import (
     check_prompt,
     embed_prompt,
@@ -50,6 +52,9 @@ _UNSUPPORTED = {
     "token_healing": "token healing",
     "return_legacy_cache": "a cache as a tuple",
 }
+
+# Whether `generate`, in this thread, decodes behind positions with gaps.
+_HAS_GAPS = ContextVar("prumerge_fast_has_gaps", default=False)
 
 
 class CallersPrompt:
@@ -195,7 +200,9 @@ def _generate_behind(
     _shift_lengths(model, arguments, options, layout.removed, input_ids.shape[1])
     positions = arguments.get("position_ids")
     if positions is None:  # as `generate` counts them
-        positions = attention_mask.cumsum(1) - 1  # [B, L + g]
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # [B, L + g]
+        if layout.stands is not None:  # by itself it would count what is left
+            arguments["position_ids"] = positions
     shrink_per_token(arguments, layout, input_ids)
     layout = layout.placed(positions)
     shrunk_ids = layout.ids(input_ids, attention_mask)
@@ -208,9 +215,11 @@ def _generate_behind(
         arguments["streamer"] = _RestoredStreamer(arguments["streamer"], prompt)
     cache = cache_of(arguments)
     forget_layout(cache)  # until `generate` is through: it counts what the cache holds
+    has_gaps = _HAS_GAPS.set(layout.stands is not None)
     try:
         result = original(**arguments)
     finally:  # a call that failed may have left the shrunk prompt in the cache
+        _HAS_GAPS.reset(has_gaps)
         if cache is not None:
             remember_layout(cache, layout)
     if isinstance(result, Tensor):
@@ -225,6 +234,32 @@ def _generate_behind(
         remember_layout(cache, layout)
     result.sequences = prompt.restore(result.sequences)
     return result
+
+
+def prepare_inputs(
+    model: Any,
+    adapter: Adapter,
+    original: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """`prepare_inputs_for_generation` of a step; behind positions with gaps, with what they miss.
+
+    Transformers 5 counts positions on from step to step, transformers 4 repeats the last one.
+    """
+    if not _HAS_GAPS.get():
+        return original(*args, **kwargs)
+    positions, mask = kwargs["position_ids"], kwargs.get("attention_mask")
+    missing = 0 if mask is None else mask.shape[1] - positions.shape[1]
+    if missing > 0:
+        later = torch.arange(1, missing + 1, device=positions.device) + positions[:, -1:]
+        kwargs["position_ids"] = torch.cat([positions, later], 1)
+    inputs = original(*args, **kwargs)
+    cache = cache_of(inputs)
+    of_several = inputs["position_ids"].shape[1] > 1
+    if of_several and (cache is None or int(cache.get_seq_length()) == 0):
+        tell_sequences(model, inputs)
+    return inputs
 
 
 def logits_processors(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

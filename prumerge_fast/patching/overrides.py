@@ -36,6 +36,7 @@ def overrides_of(adapter: BaseAdapter, model_class: type) -> Mapping[str, Overri
         **_features(adapter, model_class),
         "forward": forward.forward,
         "generate": torch.no_grad()(generation.generate),
+        "prepare_inputs_for_generation": generation.prepare_inputs,
         "_get_logits_processor": lambda model, adapter, original, args, kwargs: (
             generation.logits_processors(original, *args, **kwargs)
         ),

@@ -122,6 +122,12 @@ def patch(
     if config is None:
         config = adapter.default_config(instance)
     config = config.replace(**config_fields)
+    if config.positions not in adapter.positions:
+        raise ValueError(
+            f"positions: expected {' or '.join(map(repr, adapter.positions))} for "
+            f"{type(instance).__name__}, whose positions the patch does not make, got "
+            f"{config.positions!r}"
+        )
     adapter.resolved(instance, config)  # raises where it cannot score as asked
     config.budget(adapter.num_patches(instance))  # raises when `keep` does not fit
     resolve_backend(backend, adapter.device(instance))

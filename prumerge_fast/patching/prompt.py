@@ -27,12 +27,15 @@ class Placeholders(NamedTuple):
         token_id: Id of their placeholder token.
         counts: Number of placeholders of each in the caller's prompt.
         lengths: Number of tokens of each.
+        places: [sum of lengths] int64 on the CPU, the placeholder of its own image whose position
+            each token has; `None`: positions close the gaps.
     """
 
     modality: str
     token_id: int
     counts: list[int]
     lengths: list[int]
+    places: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,10 +46,13 @@ class PromptLayout:
         source: [B, S] int64, the caller's column that each position comes from; -1 for padding.
         length: Number of columns L of the caller's prompt. Later tokens correspond one to one.
         gone: [B, 1] int64, tokens that each prompt lost, padding apart; once `placed`, those of the
-            row's last sequence, by which the caller's positions behind it are greater.
+            row's last sequence, by which the caller's positions behind it are greater than a count
+            of what is left.
         last: [B, 1] int64, the caller's column of each prompt's last token.
         next_position: [B, 1] int64, the model's position of the first token behind the prompt;
             `None` until `placed`.
+        stands: [B, S] int64, the caller's column whose position each token has, -1 for padding;
+            `None` where the model counts what is left.
     """
 
     source: Tensor
@@ -54,6 +60,7 @@ class PromptLayout:
     gone: Tensor
     last: Tensor
     next_position: Tensor | None = None
+    stands: Tensor | None = None
 
     @property
     def shrunk_length(self) -> int:
@@ -94,21 +101,29 @@ class PromptLayout:
 
     def _with_each(self, change: Callable[[Tensor], Tensor]) -> PromptLayout:
         following = None if self.next_position is None else change(self.next_position)
+        stands = None if self.stands is None else change(self.stands)
         source, gone, last = map(change, (self.source, self.gone, self.last))
-        return replace(self, source=source, gone=gone, last=last, next_position=following)
+        return replace(
+            self, source=source, gone=gone, last=last, next_position=following, stands=stands
+        )
 
     def placed(self, position_ids: Tensor) -> PromptLayout:
         """The layout of a prompt to which the caller gave positions [B or 1, L + g]."""
         position_ids = position_ids[:, : self.length]
-        columns = torch.arange(self.shrunk_length, device=self.source.device)
-        last = columns.where(self.source >= 0, -1).argmax(1, keepdim=True)  # [B, 1]
+        last = self._last_token().to(position_ids.device)  # [B, 1]
         rows = position_ids.expand(len(last), -1)  # [B, L]
         following = rows.gather(1, self.last.to(position_ids.device)) + 1  # [B, 1]
-        shrunk = self.positions(position_ids).gather(1, last.to(position_ids.device)) + 1
-        return replace(self, gone=following - shrunk, next_position=shrunk)
+        counted = self._without_gaps(position_ids).gather(1, last) + 1  # [B, 1]
+        own = counted if self.stands is None else following
+        return replace(self, gone=following - counted, next_position=own)
+
+    def _last_token(self) -> Tensor:
+        """Where the last token of each shrunk prompt is, [B, 1]."""
+        here = torch.arange(self.shrunk_length, device=self.source.device)
+        return here.where(self.source >= 0, -1).argmax(1, keepdim=True)
 
     def columns(self) -> Tensor:
-        """Positions [B, S] of a prompt whose caller gave none: its columns, without the gaps.
+        """Positions [B, S] of a prompt whose caller gave none: those of its columns.
 
         Padding goes on counting, as in the plain model, which numbers it too.
         """
@@ -116,8 +131,12 @@ class PromptLayout:
         positions = self.positions(columns)  # [B, S]
         is_token = self.source >= 0
         first = is_token.int().argmax(1, keepdim=True)  # [B, 1]
+        last = self._last_token()  # [B, 1]
         here = torch.arange(self.shrunk_length, device=self.source.device)  # [S]
-        counted = (positions.gather(1, first) + here - first).clamp(min=0)
+        nearest = first.where(here < first, last)  # token to padding, [B, S]
+        counted = positions.gather(1, nearest) + here - nearest
+        # No model need have more of them than the prompt has columns.
+        counted = counted.clamp(0, max(self.length, self.shrunk_length) - 1)
         return positions.where(is_token, counted)
 
     def ids(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -128,9 +147,13 @@ class PromptLayout:
 
     def gather(self, values: Tensor, fill: int | bool) -> Tensor:
         """Values per token of the caller's sequence [B, L + g] for the shrunk one [B, S + g]."""
-        source = self.source.to(values.device)  # [B, S]
-        prompt = values[:, : self.length].gather(1, source.clamp(min=0))  # [B, S]
-        prompt = prompt.masked_fill(source < 0, fill)
+        return self._gather(values, self.source, fill)
+
+    def _gather(self, values: Tensor, columns: Tensor, fill: int | bool) -> Tensor:
+        """Values [B, L + g] of these columns [B, S] of the caller's, and of what is behind them."""
+        columns = columns.to(values.device)
+        prompt = values[:, : self.length].gather(1, columns.clamp(min=0))  # [B, S]
+        prompt = prompt.masked_fill(columns < 0, fill)
         return torch.cat([prompt, values[:, self.length :]], dim=1)
 
     def rows_of_columns(self) -> Tensor:
@@ -172,6 +195,12 @@ class PromptLayout:
         return (~padding).long() if padding.any() else None
 
     def positions(self, position_ids: Tensor) -> Tensor:
+        """The model's positions [B, S + g], of the caller's [B or 1, L + g]."""
+        if self.stands is None:
+            return self._without_gaps(position_ids)
+        return self._gather(position_ids.expand(len(self.stands), -1), self.stands, 0)
+
+    def _without_gaps(self, position_ids: Tensor) -> Tensor:
         """Position ids [B or 1, L + g] without the gaps of the tokens that are gone: [B, S + g].
 
         Where positions fall, as where one sequence of a packed row ends and the next begins, the
@@ -196,21 +225,25 @@ class PromptLayout:
     def later_positions(self, position_ids: Tensor, cached: int, of_caller: bool) -> Tensor:
         """Positions [B, q] of tokens behind `cached` ones, given as [B or 1, q] in any terms.
 
-        They may go on from the caller's prompt, from the model's positions, or from the number of
-        columns that the cache holds. Of others, `of_caller` says whether the tokens gone count.
+        They may go on from the caller's prompt, from a count of the tokens left, or from the number
+        of columns that the cache holds. Of others, `of_caller` says whether the tokens gone count.
         """
         gone = self.gone.to(position_ids.device)  # [B, 1]
+        # What either count is greater by than the model's own.
+        callers, left = (gone, 0 * gone) if self.stands is None else (0 * gone, -gone)
+        shift = callers if of_caller else left
         following = self.next_position  # [B, 1]
         if following is None:
-            return position_ids - gone if of_caller else position_ids.expand(len(gone), -1)
+            return position_ids - shift
         following = following.to(position_ids.device) + cached - self.shrunk_length
         first = position_ids[:, :1]
         # On the device, so that nothing waits for it.
         goes_on = (
-            (first == following).all() | (first == following + gone).all() | (first == cached).all()
+            (first == following + callers).all()
+            | (first == following + left).all()
+            | (first == cached).all()
         )
-        shift = torch.where(goes_on, first - following, gone if of_caller else 0 * gone)
-        return position_ids - shift
+        return position_ids - torch.where(goes_on, first - following, shift)
 
 
 def shrink_prompt(
@@ -270,7 +303,10 @@ def shrink_prompt(
     source[filled] = columns.flatten().repeat_interleave(repeats.flatten())
     gone = (inside.sum(1) - counts)[:, None]  # [B, 1]
     last = columns.where(inside, -1).argmax(1, keepdim=True)  # [B, 1]
-    return PromptLayout(source.to(input_ids.device), input_ids.shape[1], gone, last)
+    stands = _stands(ids, source, visual)
+    if stands is not None:
+        stands = stands.to(input_ids.device)
+    return PromptLayout(source.to(input_ids.device), ids.shape[1], gone, last, stands=stands)
 
 
 def padding_of(attention_mask: Tensor | None) -> tuple[Literal["left", "right"], int]:
@@ -298,6 +334,22 @@ def _copies(placeholders: Placeholders) -> Tensor:
     offset = ordinal - (ends - expected)[image]
     extra = (given - expected).clamp(min=0)[image]
     return (offset < given[image]) + extra * (offset == expected[image] - 1)
+
+
+def _stands(ids: Tensor, source: Tensor, visual: Sequence[Placeholders]) -> Tensor | None:
+    """`PromptLayout.stands` of prompts [B, L] of whose columns `source` [B, S] is left."""
+    placed = [(each, each.places) for each in visual if each.places is not None]
+    if not placed:
+        return None
+    shown = ids.gather(1, source.clamp(min=0)).where(source >= 0, -1)  # [B, S]
+    stands = source.clone()
+    for placeholders, places in placed:
+        columns = (ids == placeholders.token_id).nonzero()[:, 1]  # [sum of counts]
+        counts = torch.tensor(placeholders.counts, dtype=torch.int64)  # [images]
+        lengths = torch.tensor(placeholders.lengths, dtype=torch.int64)  # [images]
+        first = (counts.cumsum(0) - counts).repeat_interleave(lengths)  # [sum of lengths]
+        stands[shown == placeholders.token_id] = columns[first + places]
+    return stands
 
 
 def _check_placeholders(is_placeholder: Tensor, placeholders: Placeholders) -> None:

@@ -25,12 +25,14 @@ def lay_out_prompt(
     last_columns: int = 0,
 ) -> PromptLayout:
     """`shrink_prompt` for these images and videos, padded on `side`."""
+    is_compact = model.prumerge.config.positions == "compact"
     visual = [
         Placeholders(
             modality,
             adapter.placeholder_id(model, modality),
             tokens.placeholders,
             tokens.lengths,
+            None if is_compact else tokens.places,
         )
         for modality, tokens in encoded.items()
     ]

@@ -41,7 +41,7 @@ def get_features(
         )
     tokens = encode_images(model, adapter, images).get(modality)
     if tokens is None:  # a batch of none
-        return _features_output([], [], return_dict)
+        return _features_output([], [], torch.empty(0, dtype=torch.int64), return_dict)
     return output_of(tokens, return_dict)
 
 
@@ -74,12 +74,13 @@ def returns_dict(model: Any, arguments: dict[str, Any]) -> bool:
 
 def output_of(tokens: ImageTokens, return_dict: bool) -> Any:
     """The tokens [m, D] of each image or video, in the form that `get_features` returns."""
-    return _features_output(
-        list(tokens.features.split(tokens.lengths)), tokens.placeholders, return_dict
-    )
+    features = list(tokens.features.split(tokens.lengths))
+    return _features_output(features, tokens.placeholders, tokens.places, return_dict)
 
 
-def _features_output(features: list[Tensor], placeholders: list[int], return_dict: bool) -> Any:
+def _features_output(
+    features: list[Tensor], placeholders: list[int], places: Tensor, return_dict: bool
+) -> Any:
     """What `get_image_features` returns: 4.x the list itself, 5.x an output that holds it."""
     if is_4():
         return features
@@ -88,7 +89,9 @@ def _features_output(features: list[Tensor], placeholders: list[int], return_dic
 
     device = features[0].device if features else None
     counts = torch.tensor(placeholders, dtype=torch.int64, device=device)
-    output = PrunedFeatures(pooler_output=features, placeholders=counts)
+    output = PrunedFeatures(
+        pooler_output=features, placeholders=counts, places=places.to(counts.device)
+    )
     return output if return_dict else output.to_tuple()
 
 

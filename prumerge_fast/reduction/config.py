@@ -12,6 +12,7 @@ Merge = Literal["sum", "average", "none"]
 Order = Literal["attention", "raster"]
 Scores = Literal["auto", "class", "received"]
 Heads = Literal["auto", "joint", "separate"]
+Positions = Literal["compact", "original"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "variant": get_args(Variant),
@@ -19,6 +20,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "order": get_args(Order),
     "scores": get_args(Scores),
     "heads": get_args(Heads),
+    "positions": get_args(Positions),
 }
 
 
@@ -67,6 +69,10 @@ class PruMergeConfig:
         heads: `"joint"`: one head over the full width, as in the authors' code; `"separate"`: the
             mean over the layer's own heads. `"auto"`: joint for the class token's attention,
             separate for what is received.
+        positions: Where the language model takes tokens to stand, and what follows them.
+            `"compact"`: it counts the tokens that are left, as in the authors' code. `"original"`:
+            each stands in its place in the whole prompt, so that distances stay as they were.
+            `prune_merge` itself knows no positions.
 
     Raises:
         TypeError: An option has the wrong type.
@@ -82,6 +88,7 @@ class PruMergeConfig:
     order: Order = "attention"
     scores: Scores = "auto"
     heads: Heads = "auto"
+    positions: Positions = "compact"
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():

@@ -38,6 +38,7 @@ class PruMergeEncoder:
         model_id: Folder or hub name of a checkpoint of transformers with safetensors, of any family
             that `patch` takes (vLLM takes embeddings for LLaVA and LLaVA-NeXT).
         config: Options; `None` for the defaults, by which each image decides its number of rows.
+            Positions are the engine's to count: `positions` has to be `"compact"`.
         device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:INDEX".
         dtype: "auto" (the checkpoint's own), "float32", "bfloat16", "float16" or a `torch.dtype`.
         backend: "auto", "triton", "torch" or "reference", as in `prune_merge`.
@@ -72,6 +73,11 @@ class PruMergeEncoder:
         elif not isinstance(config, PruMergeConfig):
             raise TypeError(
                 f"config: expected a PruMergeConfig or None, got {type(config).__name__}"
+            )
+        if config.positions != "compact":
+            raise ValueError(
+                f"positions: expected 'compact', got {config.positions!r}: an encoder gives rows "
+                "alone, whose positions the engine counts"
             )
         self.config, self.backend = config, backend
         self.device = resolve_device(str(device), "device")

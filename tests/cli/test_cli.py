@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from tiny_models import PATCHES
 
+from prumerge_fast import patched
 from prumerge_fast.cli import compare, main
 from prumerge_fast.harness import models, prompts, stages
 from prumerge_fast.harness.inputs import items_from_images
@@ -88,6 +89,21 @@ def test_compare_answers_are_those_of_the_model(command, folder, photos, capsys)
         new = ids[0, inputs["input_ids"].shape[1] :]
         expected = processor.tokenizer.decode(new, skip_special_tokens=True).strip()
         assert answer["answers"]["LLaVA"] == expected
+
+
+def test_compare_in_original_positions(command, folder, photos, capsys):
+    assert main([*command, "--json", "--positions", "original", "--keep", "6"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["results"]["PruMerge"]["config"]["positions"] == "original"
+    loaded = models.load(str(folder), dtype="auto", device="cpu")
+    for answer in result["answers"]:
+        items = items_from_images([Path(answer["image"])], [answer["question"]])
+        inputs = prompts.prepare(loaded, items)
+        with patched(loaded.model, keep=6, positions="original"):
+            ids = loaded.model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        new = ids[0, inputs["input_ids"].shape[1] :]
+        said = loaded.processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+        assert answer["answers"]["PruMerge"] == said
 
 
 def test_prompts_get_the_models_own_format_and_one_first_token(folder, photos):

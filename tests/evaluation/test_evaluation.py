@@ -58,6 +58,9 @@ def answered(demo, items, chosen):
 # Policies
 
 
+POSITIONS = ("compact", "original")
+
+
 @pytest.mark.parametrize(
     ("policy", "config"),
     [
@@ -84,6 +87,20 @@ def test_answers_are_those_of_the_model_itself(demo, items, answered, policy, co
     new = ids[:, inputs["input_ids"].shape[1] :]
     texts = demo.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
     assert [text.strip() for text in texts] == answered["texts"][policy]
+
+
+def test_a_policy_has_its_own_positions(demo, items):
+    """Which are the model's business: the tokens are the same."""
+    config = PruMergeConfig(keep=15, order="raster", positions="original")
+    chosen = [policies.Policy(each, None, config.replace(positions=each)) for each in POSITIONS]
+    answered = run.answer_batch(demo, items, chosen, max_new_tokens=8)
+    inputs = prepare(demo, items)
+    for policy in chosen:
+        with patched(demo.model, policy.config):
+            ids = demo.model.generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=0)
+        new = ids[:, inputs["input_ids"].shape[1] :]
+        texts = demo.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+        assert [text.strip() for text in texts] == answered["texts"][policy.name]
 
 
 def test_every_method_spends_its_budget(chosen, answered):

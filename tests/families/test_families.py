@@ -49,6 +49,12 @@ CONFIGS = {
     "more tokens than placeholders": PruMergeConfig(keep=1.0),
     "no tokens": PruMergeConfig(fence=1e6, supplement=False),
     "no tokens in rows": PruMergeConfig(fence=1e6, supplement=False, order="raster"),
+    "original positions": PruMergeConfig(positions="original"),
+    "original positions in rows": PruMergeConfig("prumerge+", order="raster", positions="original"),
+    "more, in original positions": PruMergeConfig(keep=1.0, positions="original"),
+    "none, in original positions": PruMergeConfig(
+        fence=1e6, supplement=False, positions="original", order="raster"
+    ),
 }
 
 
@@ -74,15 +80,16 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("positions", ["compact", "original"])
 @torch.no_grad()
 def test_keeping_everything_changes_nothing(
-    family: Family, model: Any, side: str, dtype: torch.dtype
+    family: Family, model: Any, side: str, dtype: torch.dtype, positions: str
 ) -> None:
     model.to(dtype)
     inputs = family.inputs(family.prompts(), side)
     labels = labels_of(inputs["input_ids"])
     expected = model(**inputs, labels=labels)
-    actual = patch(model, **EVERYTHING)(**inputs, labels=labels)
+    actual = patch(model, **EVERYTHING, positions=positions)(**inputs, labels=labels)
     assert torch.equal(actual.logits, expected.logits)
     assert torch.equal(actual.loss, expected.loss)
     for kind in family.kinds:
@@ -118,12 +125,19 @@ def test_padded_batches_equal_single_prompts(
     assert seen == [width, width]
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    ("side", "positions"),
+    [("left", "compact"), ("right", "compact"), ("left", "original"), ("right", "original")],
+    ids=["left", "right", "left, original", "right, original"],
+)
 @torch.no_grad()
-def test_loss(family: Family, plain: Any, model: Any, side: str) -> None:
-    oracle, prompts = FamilyOracle(family, plain, family.default), family.prompts()
+def test_loss(family: Family, plain: Any, model: Any, side: str, positions: str) -> None:
+    config = family.default.replace(positions=positions)
+    oracle, prompts = FamilyOracle(family, plain, config), family.prompts()
     inputs = family.inputs(prompts, side)
-    loss = patch(model)(**inputs, labels=labels_of(inputs["input_ids"])).loss
+    # As in training, without a cache, where transformers looks for packed sequences.
+    labels = {"labels": labels_of(inputs["input_ids"]), "use_cache": False}
+    loss = patch(model, config)(**inputs, **labels).loss
     losses = []
     for parts in prompts:
         targets = torch.tensor(oracle.labels(parts)[1:])
@@ -142,8 +156,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("positions", ["compact", "original"])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_generate_keeping_everything(family: Family, model: Any, name: str) -> None:
+def test_generate_keeping_everything(family: Family, model: Any, name: str, positions: str) -> None:
     prompts = family.prompts()
     # Without the prompts of several pictures, which transformers 4 mixes up among beams.
     inputs = family.inputs([parts for parts in prompts if len(parts) <= 3])
@@ -152,11 +167,13 @@ def test_generate_keeping_everything(family: Family, model: Any, name: str) -> N
         torch.manual_seed(0)
         outputs.append(model.generate(**inputs, max_new_tokens=5, **OPTIONS[name]))
         if len(outputs) == 1:
-            patch(model, **EVERYTHING)
+            patch(model, **EVERYTHING, positions=positions)
     assert torch.equal(*outputs)
 
 
-@pytest.mark.parametrize("name", ["iqr", "raster"])
+@pytest.mark.parametrize(
+    "name", ["iqr", "raster", "original positions", "original positions in rows"]
+)
 def test_generate(family: Family, plain: Any, model: Any, name: str) -> None:
     """The prompts as passed, then greedy answers, padded after EOS; pictures in some or none."""
     check_answers(family, plain, patch(model, CONFIGS[name]), family.prompts())

@@ -537,6 +537,17 @@ def test_leaves_no_trace(tower_path: str, kind: type) -> None:
     assert not prumerge_fast.is_patched(model)
 
 
+@pytest.mark.parametrize("kind", [LlavaLlamaForCausalLM, CLIPVisionTower])
+def test_positions_are_the_packages(tower_path: str, kind: Any) -> None:
+    """It makes them itself, from one placeholder an image."""
+    model = (
+        tiny(tower_path).get_vision_tower() if kind is CLIPVisionTower else tiny(tower_path, kind)
+    )
+    with pytest.raises(ValueError, match=r"^positions: expected 'compact' for .*got 'original'"):
+        prumerge_fast.patch(model, positions="original")
+    assert not prumerge_fast.is_patched(model)
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 @torch.no_grad()
 def test_copies(tower_path: str, duplicate: Any) -> None:

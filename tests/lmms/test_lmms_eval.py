@@ -253,6 +253,8 @@ def test_benchmarks_of_the_document_exist() -> None:
         (",conv_template=v0", ValueError, "^conv_template: expected 'vicuna_v1', got 'v0'"),
         (",image_aspect_ratio=anyres", ValueError, "^image_aspect_ratio: expected 'pad', got"),
         (",variant=none,keep=8", ValueError, "keep: expected none beside variant=none, got 8"),
+        (",variant=none,positions=original", ValueError, "positions: expected none beside variant"),
+        (",positions=raster", ValueError, "^positions: expected 'compact' or 'original', got"),
         (",dtype=int8", ValueError, "^dtype: expected 'auto' or 'float32'"),
         (",load_in_4bit=maybe", TypeError, "load_in_4bit: expected True or False, got 'maybe'"),
         (",frames=0", ValueError, "^frames: expected a whole number >= 1, got 0"),

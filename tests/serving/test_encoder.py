@@ -259,6 +259,8 @@ def test_arguments_are_checked(saved):
         PruMergeEncoder(folder, {"keep": 4})
     with pytest.raises(ValueError, match=r"keep: .*25.*26"):
         PruMergeEncoder(folder, PruMergeConfig(keep=26))
+    with pytest.raises(ValueError, match=r"^positions: expected 'compact', got 'original'.*engine"):
+        PruMergeEncoder(folder, PruMergeConfig(positions="original"))
     with pytest.raises(InputError, match=r"^device: expected auto, cpu"):
         PruMergeEncoder(folder, device="gpu")
     with pytest.raises(BackendUnavailableError):

@@ -62,6 +62,11 @@ def test_what_is_refused_before_anything_is_loaded() -> None:
         PruMergeCheck.verify_and_update_config(asked(PRUNED[0], siglip))
     clip = LlavaConfig(vision_config=CLIPVisionConfig(), prumerge=setting)
     PruMergeCheck.verify_and_update_config(asked(PRUNED[0], clip))
+    counted = LlavaConfig(
+        vision_config=CLIPVisionConfig(), prumerge={**setting, "positions": "original"}
+    )
+    with pytest.raises(ValueError, match=r"positions: expected 'compact', got 'original'"):
+        PruMergeCheck.verify_and_update_config(asked(PRUNED[0], counted))
     with pytest.raises(ValueError, match=r"quantization: expected another than 'bitsandbytes'"):
         PruMergeCheck.verify_and_update_config(asked(PRUNED[0], clip, quantization="bitsandbytes"))
 
@@ -113,6 +118,6 @@ def test_placeholders_of_llava_next_are_its_rows(
     query = torch.randn(crops, 8, generator=generator)
     keys, hidden = torch.randn(2, crops, 1 + PATCHES, 8, generator=generator)
     rows = prune_crops(query, keys, hidden, layout, prumerge, "auto", prune_merge)
-    _, lengths = with_newlines(rows.tokens, torch.zeros(8), rows, layout, prumerge.order)
+    _, lengths, _ = with_newlines(rows.tokens, torch.zeros(8), rows, layout, prumerge.order)
     assert counted == lengths
     assert max(counted) <= info.get_max_image_tokens()

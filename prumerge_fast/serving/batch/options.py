@@ -22,6 +22,9 @@ class BatchOptions:
         num_gpus: Of each actor; `None`: 1 (of each process of an engine) where the cluster has
             GPUs, else 0.
         engine_kwargs: Further arguments of vLLM's engine.
+
+    Raises:
+        InputError: The engine has no such positions.
     """
 
     command: list[str]
@@ -45,6 +48,14 @@ class BatchOptions:
     max_new_tokens: int
     retry_errors: bool
     shows_progress: bool
+
+    def __post_init__(self) -> None:
+        positions = self.chosen.get("positions", "compact")
+        if self.engine == "vllm" and positions != "compact":
+            raise InputError(
+                "--positions: expected compact beside --engine vllm, which counts positions by "
+                f"itself, got {positions}"
+            )
 
     @property
     def encodes(self) -> bool:

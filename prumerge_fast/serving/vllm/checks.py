@@ -72,6 +72,11 @@ class PruMergeCheck(VerifyAndUpdateConfig):
                 "number of its newlines would depend on the picture, and vLLM counts tokens "
                 "before it sees that"
             )
+        if config.positions != "compact":
+            raise ValueError(
+                f"{NAME}: positions: expected 'compact', got {config.positions!r}: vLLM counts "
+                "positions itself, those of the tokens that are left"
+            )
         quantization = vllm_config.model_config.quantization
         if quantization == "bitsandbytes":
             raise ValueError(

@@ -77,5 +77,7 @@ class PruMergeLlavaNext(PrunedModel, EmbeddingsOfAnyLength, base.LlavaNextForCon
         layout = crop_layout(self.config, counts, sizes, num_patches(self.config))
         rows = prune_crops(self.read(crops), layout, config, "auto")
         projected = self.multi_modal_projector(rows.tokens)  # [R, D]
-        features, lengths = with_newlines(projected, self.image_newline, rows, layout, config.order)
+        features, lengths, _ = with_newlines(
+            projected, self.image_newline, rows, layout, config.order
+        )
         return list(features.split(lengths))
