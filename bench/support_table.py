@@ -17,7 +17,6 @@ FAMILIES = {  # as `tests/tiny_families.py` calls them, and the class
     "Video-LLaVA": "`VideoLlavaForConditionalGeneration`",
     "LLaVA-NeXT-Video": "`LlavaNextVideoForConditionalGeneration`",
     "LLaVA with SigLIP": "`LlavaForConditionalGeneration` with SigLIP",
-    "LLaVA with SigLIP, last layer": "the same, `vision_feature_layer` -1",
     "LLaVA-NeXT with SigLIP": "`LlavaNextForConditionalGeneration` with SigLIP",
 }
 FEATURES = {  # test of FAMILY_TESTS, with FAMILY for the family

@@ -444,27 +444,21 @@ class LlavaNextVideo(LlavaNext):
 
 
 class LlavaSiglip(Family):
-    """As llava-interleave: all patches, of the layer before the last."""
+    """As llava-interleave: all patches, of the last layer, whose output no layer reads."""
 
     model_name = "Llava"
+    layers = (-1,)
     vision = SiglipVisionConfig
     class_token = False
     default = WITHOUT_CLASS_TOKEN
-    options: ClassVar[dict[str, Any]] = {"vision_feature_select_strategy": "full"}
-
-    def processor(self, **size: Any) -> Any:
-        size["size"] = size.pop("crop_size")
-        return SiglipImageProcessor(**size)
-
-
-class LlavaSiglipLast(LlavaSiglip):
-    """The output of the last layer, which no layer reads."""
-
-    layers = (-1,)
     options: ClassVar[dict[str, Any]] = {
         "vision_feature_select_strategy": "full",
         "vision_feature_layer": -1,
     }
+
+    def processor(self, **size: Any) -> Any:
+        size["size"] = size.pop("crop_size")
+        return SiglipImageProcessor(**size)
 
 
 class LlavaNextSiglip(LlavaNext):
@@ -485,6 +479,5 @@ FAMILIES: dict[str, Family] = {
     "LLaVA-NeXT": LlavaNext(),
     "LLaVA-NeXT-Video": LlavaNextVideo(),
     "LLaVA with SigLIP": LlavaSiglip(),
-    "LLaVA with SigLIP, last layer": LlavaSiglipLast(),
     "LLaVA-NeXT with SigLIP": LlavaNextSiglip(),
 }
