@@ -14,7 +14,7 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdate
 
 from prumerge_fast.families.crops import crop_counts, crop_layout, prune_crops, with_newlines
 from prumerge_fast.reduction.config import PruMergeConfig
-from prumerge_fast.reduction.dispatch import prune_merge
+from prumerge_fast.reduction.reading import Reading
 from prumerge_fast.serving.vllm import register
 from prumerge_fast.serving.vllm.checks import PRUNED, PruMergeCheck
 from prumerge_fast.serving.vllm.llava_next import PruMergeLlavaNextInfo
@@ -117,7 +117,8 @@ def test_placeholders_of_llava_next_are_its_rows(
     crops, generator = sum(counts), torch.Generator().manual_seed(0)
     query = torch.randn(crops, 8, generator=generator)
     keys, hidden = torch.randn(2, crops, 1 + PATCHES, 8, generator=generator)
-    rows = prune_crops(query, keys, hidden, layout, prumerge, "auto", prune_merge)
+    reading = Reading(query, keys, hidden, 2, class_token=True)
+    rows = prune_crops(reading, layout, prumerge, "auto")
     _, lengths, _ = with_newlines(rows.tokens, torch.zeros(8), rows, layout, prumerge.order)
     assert counted == lengths
     assert max(counted) <= info.get_max_image_tokens()
