@@ -312,47 +312,58 @@ class VideoLlava(Family):
 
 
 class CropByHand:
-    """What was just kept of a crop: tokens with their rows and columns in the grid, and what sums
-    up the rest."""
+    """What was just kept of a crop: tokens with the rows and columns of their cells in the grid,
+    and what sums up the rest. An overview's cells are in one row."""
 
     def __init__(
-        self, oracle: FamilyOracle, tokens: Tensor, places: list[tuple[int, int]] | None = None
+        self, oracle: FamilyOracle, tokens: Tensor, cells: list[tuple[int, int]] | None = None
     ) -> None:
         kept = [index for index in oracle.kept if index >= 0]
-        self.kept = list(tokens[: len(kept)])
-        self.places = [] if places is None else [places[index] for index in kept]
+        self.cells = [(0, index) for index in range(PATCHES)] if cells is None else cells
+        self.kept = [(self.cells[index], tokens[i]) for i, index in enumerate(kept)]
         self.supplement = list(tokens[len(kept) :])
 
 
-def arranged(oracle: FamilyOracle, parts: list[CropByHand], project: Any) -> Tensor:
-    """What the language model reads of an overview and its crops, [m, D]."""
+def arranged(
+    oracle: FamilyOracle, parts: list[CropByHand], project: Any, grid: tuple[range, range]
+) -> tuple[Tensor, list[int]]:
+    """What the language model reads of an overview and its crops, whose cells have these rows and
+    columns: [m, D], and the placeholder that each stands for."""
     newline = oracle.model.model.image_newline
     joined = oracle.config.supplement == "image"
-    overview, *grid = parts
+    rows, columns = grid
+    width = len(columns) + 1
+    last = PATCHES + len(rows) * width - 1
 
-    def own(crop: CropByHand) -> list[Tensor]:
-        return [] if joined else crop.supplement
+    def place(row: int, column: int) -> int:
+        return PATCHES + (row - rows.start) * width + column - columns.start
 
-    pieces: list[Tensor | None] = [*overview.kept, *own(overview)]  # None for a newline
+    def end(row: int) -> tuple[None, int]:
+        return None, place(row, columns.stop)
+
+    def own(crop: CropByHand) -> list[tuple[Any, int]]:
+        return [] if joined else [(row, last) for row in crop.supplement]
+
+    overview, *crops = parts
+    pieces: list[tuple[Any, int]] = [(token, index) for (_, index), token in overview.kept]
+    pieces += own(overview)
     if oracle.config.order == "attention":
-        for crop in grid:
-            tokens = [*crop.kept, *own(crop)]
-            pieces += [*tokens, None] if tokens else []
+        for crop in crops:
+            tokens = [(token, place(*cell)) for cell, token in crop.kept] + own(crop)
+            if tokens:
+                pieces += [*tokens, end(max(row for row, _ in crop.cells))]
     else:
-        cells = sorted(
-            (place, index, number)
-            for index, crop in enumerate(grid)
-            for number, place in enumerate(crop.places)
-        )
-        for row in dict.fromkeys(place[0] for place, _, _ in cells):
-            pieces += [grid[i].kept[n] for place, i, n in cells if place[0] == row]
-            pieces.append(None)
-        pieces += [row for crop in grid for row in own(crop)]
+        kept = sorted((one for crop in crops for one in crop.kept), key=lambda one: one[0])
+        for row in dict.fromkeys(cell[0] for cell, _ in kept):
+            pieces += [(token, place(*cell)) for cell, token in kept if cell[0] == row]
+            pieces.append(end(row))
+        pieces += [piece for crop in crops for piece in own(crop)]
     supplements = [row for crop in parts for row in crop.supplement]
     if joined and supplements:
-        pieces.append(sum(supplements) / len(supplements))
-    rows = [newline if piece is None else project(piece[None])[0] for piece in pieces]
-    return torch.stack(rows) if rows else newline[None][:0]
+        pieces.append((sum(supplements) / len(supplements), last))
+    tokens = [newline if token is None else project(token[None])[0] for token, _ in pieces]
+    places = [number for _, number in pieces]
+    return torch.stack(tokens) if tokens else newline[None][:0], places
 
 
 class LlavaNext(Family):
@@ -394,7 +405,11 @@ class LlavaNext(Family):
         return {"pixel_values": padded, "image_sizes": sizes}
 
     def features(self, oracle: FamilyOracle, kind: str, number: int) -> Tensor:
-        tower, crops = self.tower(oracle.model, kind), self.pixels(kind, number)
+        return self.by_hand(oracle, number)[0]
+
+    def by_hand(self, oracle: FamilyOracle, number: int) -> tuple[Tensor, list[int]]:
+        """What `features` and `places` return of an image."""
+        tower, crops = self.tower(oracle.model, "image"), self.pixels("image", number)
         rows, columns = self.read[number]
         parts = [CropByHand(oracle, oracle.merged(tower, crops[0]))]
         for index, crop in enumerate(crops[1:]):
@@ -407,35 +422,11 @@ class LlavaNext(Family):
             ]
             at = torch.tensor([r % SIDE * SIDE + c % SIDE for r, c in read])
             parts.append(CropByHand(oracle, oracle.merged(tower, crop, at), read))
-        return arranged(oracle, parts, oracle.model.model.multi_modal_projector)
+        projector = oracle.model.model.multi_modal_projector
+        return arranged(oracle, parts, projector, self.read[number])
 
     def places(self, oracle: FamilyOracle, kind: str, number: int) -> list[int]:
-        tower, crops = self.tower(oracle.model, kind), self.pixels(kind, number)
-        rows, columns = self.read[number]
-        width = len(columns) + 1  # with the newline
-        last = self.placeholders(kind, number) - 1
-        oracle.prune(tower, crops[0])
-        places = [kept if kept >= 0 else last for kept in oracle.kept]
-        in_grid, supplements = [], []
-        for index, crop in enumerate(crops[1:]):
-            row, column = divmod(index, self.grids[number][1])
-            numbers = {}  # of patches of the crop that are read, their placeholders
-            for r in rows:
-                for c in columns:
-                    if (r // SIDE, c // SIDE) == (row, column):
-                        place = PATCHES + (r - rows[0]) * width + c - columns[0]
-                        numbers[r % SIDE * SIDE + c % SIDE] = place
-            oracle.prune(tower, crop, torch.tensor(sorted(numbers), dtype=torch.int64))
-            found = [numbers[sorted(numbers)[kept]] for kept in oracle.kept if kept >= 0]
-            of_supplement = [last] * (len(oracle.kept) - len(found))
-            if oracle.config.order == "raster":
-                in_grid += found
-                supplements += of_supplement
-            elif oracle.kept:
-                lowest = max((place - PATCHES) // width for place in numbers.values())
-                places += [*found, *of_supplement, PATCHES + lowest * width + width - 1]
-        newlines = {PATCHES + (place - PATCHES) // width * width + width - 1 for place in in_grid}
-        return [*places, *sorted([*in_grid, *newlines]), *supplements]
+        return self.by_hand(oracle, number)[1]
 
 
 class LlavaNextVideo(LlavaNext):
@@ -575,29 +566,40 @@ class LlavaOnevision(LlavaNext):
         return {**arguments, "batch_num_images": torch.tensor(counts)}
 
     def features(self, oracle: FamilyOracle, kind: str, number: int) -> Tensor:
-        newline = oracle.model.model.image_newline[None]
-        pixels = self.pixels(kind, number)
-        if kind == "video" or number >= 4:
-            pieces = [self.view(oracle, kind, frame) for frame in pixels]
-            tokens = torch.cat(pieces)
-            return torch.cat((tokens, newline)) if self.ends(oracle, kind, tokens) else tokens
-        parts = [CropByHand(oracle, self.view(oracle, kind, pixels[0]))]
+        return self.tokens(oracle, kind, number)[0]
+
+    def places(self, oracle: FamilyOracle, kind: str, number: int) -> list[int]:
+        return self.tokens(oracle, kind, number)[1]
+
+    def tokens(self, oracle: FamilyOracle, kind: str, number: int) -> tuple[Tensor, list[int]]:
+        if kind == "image" and number < 4:
+            return self.by_hand(oracle, number)
+        each, tokens, places = 9 if kind == "video" else PATCHES, list[Tensor](), list[int]()
+        end = self.placeholders(kind, number) - 1
+        for index, pixels in enumerate(self.pixels(kind, number)):
+            tokens += self.view(oracle, kind, pixels)
+            of_supplement = end if kind == "image" else each * (index + 1) - 1
+            places += [each * index + i if i >= 0 else of_supplement for i in oracle.kept]
+        in_rows = kind == "image" and oracle.config.order == "raster"
+        if any(index >= 0 for index in oracle.kept) if in_rows else tokens:
+            tokens.append(oracle.model.model.image_newline)
+            places.append(end)
+        empty = oracle.model.model.image_newline[None][:0]
+        return torch.stack(tokens) if tokens else empty, places
+
+    def by_hand(self, oracle: FamilyOracle, number: int) -> tuple[Tensor, list[int]]:
+        pixels = self.pixels("image", number)
+        parts = [CropByHand(oracle, self.view(oracle, "image", pixels[0]))]
         grid = self.whole(oracle, number)  # attention, keys, features, [height, width, X] each
         for index in range(1, len(pixels)):
             cells = self.of_crop(number, index - 1)
             if not cells:
                 continue
             at = torch.tensor(cells).T
-            values = [value[at[0], at[1]][None] for value in grid]
-            tokens = oracle.merge(values[0][..., 0], *values[1:])
-            parts.append(CropByHand(oracle, tokens, cells))
-        return arranged(oracle, parts, lambda row: row)
-
-    def ends(self, oracle: FamilyOracle, kind: str, tokens: Tensor) -> bool:
-        """Whether a newline does: of the rows of an image, behind tokens of its patches."""
-        if kind == "image" and oracle.config.order == "raster":
-            return any(index >= 0 for index in oracle.kept)
-        return len(tokens) > 0
+            attention, keys, features = (value[at[0], at[1]][None] for value in grid)
+            parts.append(CropByHand(oracle, oracle.merge(attention[..., 0], keys, features), cells))
+        height, width = self.cells[number]
+        return arranged(oracle, parts, lambda row: row, (range(height), range(width)))
 
     def scored(self, oracle: FamilyOracle, kind: str, pixels: Tensor) -> list[Tensor]:
         """Attention, keys and projected features [5, 5, X] of a crop or a frame [3, 30, 30]."""

@@ -389,7 +389,9 @@ def _show(
             frames=frames,
             model=model,
             image_aspect_ratio=_value(image_aspect_ratio),
-            chosen=_chosen(variant, keep, neighbours, Merge.sum, scores, heads, supplement=supplement),
+            chosen=_chosen(
+                variant, keep, neighbours, Merge.sum, scores, heads, supplement=supplement
+            ),
             backend=backend.value,
             dtype=dtype.value,
             device=device,

@@ -195,13 +195,19 @@ def _each(change: Any, scored: Scored) -> Scored:
 def _ended(videos: ImageTokens, newline: Tensor) -> ImageTokens:
     """With the newline [D], which has a placeholder of its own, behind each video that kept any."""
     newline = newline.to(videos.features)[None]
-    features = [
-        torch.cat((tokens, newline)) if len(tokens) else tokens
-        for tokens in videos.features.split(videos.lengths)
-    ]
-    return ImageTokens(
-        torch.cat(features), [len(one) for one in features], [n + 1 for n in videos.placeholders]
-    )
+    features, lengths, places = list[Tensor](), list[int](), list[Tensor]()
+    for tokens, own, count in zip(
+        videos.features.split(videos.lengths),
+        videos.places.split(videos.lengths),
+        videos.placeholders,
+        strict=True,
+    ):
+        ended = len(tokens) > 0
+        features += [tokens, newline[:ended]]
+        places += [own, torch.full((int(ended),), count)]
+        lengths.append(len(tokens) + ended)
+    placeholders = [count + 1 for count in videos.placeholders]
+    return ImageTokens(torch.cat(features), lengths, placeholders, torch.cat(places))
 
 
 def _ratio(model: Any, images: Mapping[str, Any]) -> str:
