@@ -230,7 +230,7 @@ def _compare(
         list[Path] | None,
         typer.Option(
             metavar="FILE|FOLDER ...",
-            help="Videos to ask about, of a Video-LLaVA or LLaVA-NeXT-Video (extra: video).",
+            help="Videos to ask about, of a model that takes videos (extra: video).",
         ),
     ] = None,
     frames: FramesOption = DEFAULT_FRAMES,
