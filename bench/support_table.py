@@ -14,6 +14,7 @@ FAMILIES = {  # as `tests/tiny_families.py` calls them, and the class
     "LLaVA of several layers": "the same, `vision_feature_layer` a list",
     "ViP-LLaVA": "`VipLlavaForConditionalGeneration`",
     "LLaVA-NeXT": "`LlavaNextForConditionalGeneration`",
+    "LLaVA-OneVision": "`LlavaOnevisionForConditionalGeneration`",
     "Video-LLaVA": "`VideoLlavaForConditionalGeneration`",
     "LLaVA-NeXT-Video": "`LlavaNextVideoForConditionalGeneration`",
     "LLaVA with SigLIP": "`LlavaForConditionalGeneration` with SigLIP",
@@ -32,7 +33,7 @@ FEATURES = {  # test of FAMILY_TESTS, with FAMILY for the family
     "compile": "test_compiled[FAMILY]",
     "offload": "test_offloaded[FAMILY]",
 }
-WITH_VIDEOS = ("Video-LLaVA", "LLaVA-NeXT-Video")
+WITH_VIDEOS = ("Video-LLaVA", "LLaVA-NeXT-Video", "LLaVA-OneVision")
 NO_VIDEOS = "not supported: the model takes no videos"
 ORIGINAL = {  # test of ORIGINAL_TESTS, or why not
     "generate": "test_generate",

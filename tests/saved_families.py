@@ -10,13 +10,14 @@ from unittest import mock
 import numpy as np
 import transformers
 from command_line import tokenizer
-from tiny_families import FAMILIES
+from tiny_families import FAMILIES, LlavaNext
 from tiny_models import IMAGE, VIDEO
 
 SIDES = {"LLaVA-NeXT-Video": 36}  # pixels; a patch has 6. Its processor halves the grid: it is even
 _PROCESSORS = {"LLaVA": "llava", "ViP-LLaVA": "llava", "LLaVA-NeXT": "llava_next"}
 _PROCESSORS |= {"LLaVA with SigLIP": "llava", "LLaVA-NeXT with SigLIP": "llava_next"}
 _PROCESSORS |= {"Video-LLaVA": "video_llava", "LLaVA-NeXT-Video": "llava_next_video"}
+_PROCESSORS |= {"LLaVA-OneVision": "llava_onevision"}
 
 
 def side_of(name: str) -> int:
@@ -24,14 +25,21 @@ def side_of(name: str) -> int:
     return SIDES.get(name, 30)
 
 
-def save(name: str, path: Path, **template: str) -> Path:
-    """Saves the tiny model of a family, with its processor and this `chat_template`, if any."""
+def save(name: str, path: Path, grids: Any = None, **template: str) -> Path:
+    """Saves the tiny model of a family, with its processor and this `chat_template`, if any.
+
+    Args:
+        name: Of the family.
+        path: A folder.
+        grids: `image_grid_pinpoints`; `None`: those that all families with crops have.
+        template: Of the processor.
+    """
     family, side = FAMILIES[name], side_of(name)
     sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     tokens = {"<image>": IMAGE} | ({"<video>": VIDEO} if "video" in family.kinds else {})
     options: dict[str, Any] = {}
-    grids = family.options.get("image_grid_pinpoints")
-    if grids is not None:
+    if family.cuts:
+        grids = grids or LlavaNext.options["image_grid_pinpoints"]
         grids = [[edge * side // 30 for edge in grid] for grid in grids]
         options["image_grid_pinpoints"] = grids
     model = family.model(image_size=side, **options)
@@ -44,7 +52,10 @@ def save(name: str, path: Path, **template: str) -> Path:
         getattr(processing, one) for one in processing.__all__ if one.endswith("Processor")
     )
     parts = {"tokenizer": tokenizer(**tokens)}
-    if kind.startswith("llava_next"):
+    if kind == "llava_onevision":
+        sizes = {"size": sizes["crop_size"]}
+        parts["image_processor"] = transformers.LlavaOnevisionImageProcessor(**sizes, **options)
+    elif kind.startswith("llava_next"):
         parts["image_processor"] = transformers.LlavaNextImageProcessor(**sizes, **options)
     elif kind == "video_llava":
         parts["image_processor"] = transformers.VideoLlavaImageProcessor(**sizes)
@@ -62,6 +73,7 @@ def save(name: str, path: Path, **template: str) -> Path:
             **parts,
             **template,
             patch_size=6,
+            num_image_tokens=(side // 6) ** 2,  # of OneVision
             vision_feature_select_strategy="default" if family.class_token else "full",
             num_additional_image_tokens=int(family.class_token),
         )

@@ -6,6 +6,8 @@ Oracles are written in loops, from the unpatched model's own modules, without th
 from __future__ import annotations
 
 import inspect
+import math
+from fractions import Fraction
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +29,7 @@ from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
     LlavaNextImageProcessor,
+    LlavaOnevisionImageProcessor,
     SiglipImageProcessor,
     SiglipVisionConfig,
 )
@@ -54,6 +57,8 @@ class Family:
     """A family with four images and two videos of its own making."""
 
     kinds: tuple[str, ...] = ("image",)
+    cuts = False
+    """Whether images are cut in crops."""
     model_name: str
     layer_argument = "vision_feature_layer"
     layers: tuple[int, ...] = (-2,)
@@ -170,13 +175,17 @@ class FamilyOracle(Oracle):
     @torch.no_grad()
     def prune(self, tower: Any, pixels: Tensor, read: Tensor | None = None) -> Tensor:
         """Tokens [m, D] of an image [3, H, W], chosen among the patches in `read`, or all."""
+        return self.model.model.multi_modal_projector(self.merged(tower, pixels, read))
+
+    def merged(self, tower: Any, pixels: Tensor, read: Tensor | None = None) -> Tensor:
+        """These, not projected, [m, C]."""
         query, keys, hidden = tower_outputs(tower, pixels[None], *self.family.layers)
         first = int(self.family.class_token)
         if read is not None:
             rows = [*range(first), *(read + first).tolist()]
             query, keys, hidden = (t[:, rows] for t in (query, keys, hidden))
         attention = scores_by_hand(query, keys, self.config, self.family.class_token)
-        return self.project(attention, keys[:, first:], hidden[:, first:])
+        return self.merge(attention, keys[:, first:], hidden[:, first:])
 
     def project(self, attention: Tensor, keys: Tensor, patches: Tensor) -> Tensor:
         """Projected tokens [m, D], from scores [1, n], keys [1, n, C] and features [1, n, C]."""
@@ -302,7 +311,63 @@ class VideoLlava(Family):
         return places
 
 
+class CropByHand:
+    """What was just kept of a crop: tokens with the rows and columns of their cells in the grid,
+    and what sums up the rest. An overview's cells are in one row."""
+
+    def __init__(
+        self, oracle: FamilyOracle, tokens: Tensor, cells: list[tuple[int, int]] | None = None
+    ) -> None:
+        kept = [index for index in oracle.kept if index >= 0]
+        self.cells = [(0, index) for index in range(PATCHES)] if cells is None else cells
+        self.kept = [(self.cells[index], tokens[i]) for i, index in enumerate(kept)]
+        self.supplement = list(tokens[len(kept) :])
+
+
+def arranged(
+    oracle: FamilyOracle, parts: list[CropByHand], project: Any, grid: tuple[range, range]
+) -> tuple[Tensor, list[int]]:
+    """What the language model reads of an overview and its crops, whose cells have these rows and
+    columns: [m, D], and the placeholder that each stands for."""
+    newline = oracle.model.model.image_newline
+    joined = oracle.config.supplement == "image"
+    rows, columns = grid
+    width = len(columns) + 1
+    last = PATCHES + len(rows) * width - 1
+
+    def place(row: int, column: int) -> int:
+        return PATCHES + (row - rows.start) * width + column - columns.start
+
+    def end(row: int) -> tuple[None, int]:
+        return None, place(row, columns.stop)
+
+    def own(crop: CropByHand) -> list[tuple[Any, int]]:
+        return [] if joined else [(row, last) for row in crop.supplement]
+
+    overview, *crops = parts
+    pieces: list[tuple[Any, int]] = [(token, index) for (_, index), token in overview.kept]
+    pieces += own(overview)
+    if oracle.config.order == "attention":
+        for crop in crops:
+            tokens = [(token, place(*cell)) for cell, token in crop.kept] + own(crop)
+            if tokens:
+                pieces += [*tokens, end(max(row for row, _ in crop.cells))]
+    else:
+        kept = sorted((one for crop in crops for one in crop.kept), key=lambda one: one[0])
+        for row in dict.fromkeys(cell[0] for cell, _ in kept):
+            pieces += [(token, place(*cell)) for cell, token in kept if cell[0] == row]
+            pieces.append(end(row))
+        pieces += [piece for crop in crops for piece in own(crop)]
+    supplements = [row for crop in parts for row in crop.supplement]
+    if joined and supplements:
+        pieces.append((sum(supplements) / len(supplements), last))
+    tokens = [newline if token is None else project(token[None])[0] for token, _ in pieces]
+    places = [number for _, number in pieces]
+    return torch.stack(tokens) if tokens else newline[None][:0], places
+
+
 class LlavaNext(Family):
+    cuts = True
     model_name = "LlavaNext"
     # Height and width of each image, the grid of crops that it gets (rows, columns), and the rows
     # and columns of the grid's patches that are no padding.
@@ -340,12 +405,13 @@ class LlavaNext(Family):
         return {"pixel_values": padded, "image_sizes": sizes}
 
     def features(self, oracle: FamilyOracle, kind: str, number: int) -> Tensor:
-        tower, crops = self.tower(oracle.model, kind), self.pixels(kind, number)
-        newline = oracle.model.model.image_newline
+        return self.by_hand(oracle, number)[0]
+
+    def by_hand(self, oracle: FamilyOracle, number: int) -> tuple[Tensor, list[int]]:
+        """What `features` and `places` return of an image."""
+        tower, crops = self.tower(oracle.model, "image"), self.pixels("image", number)
         rows, columns = self.read[number]
-        pieces = list(oracle.prune(tower, crops[0]))
-        grid_rows: dict[int, list[tuple[int, Tensor]]] = {}  # of the whole grid
-        supplements = []
+        parts = [CropByHand(oracle, oracle.merged(tower, crops[0]))]
         for index, crop in enumerate(crops[1:]):
             row, column = divmod(index, self.grids[number][1])
             read = [
@@ -355,46 +421,12 @@ class LlavaNext(Family):
                 if r in rows and c in columns
             ]
             at = torch.tensor([r % SIDE * SIDE + c % SIDE for r, c in read])
-            tokens = list(oracle.prune(tower, crop, at))
-            if oracle.config.order == "attention":
-                pieces += [*tokens, newline] if tokens else []
-                continue
-            kept = [index for index in oracle.kept if index >= 0]
-            supplements += tokens[len(kept) :]
-            for token, index in zip(tokens, kept, strict=False):
-                grid_rows.setdefault(read[index][0], []).append((read[index][1], token))
-        for row in sorted(grid_rows):
-            pieces += [token for _, token in sorted(grid_rows[row], key=lambda t: t[0])]
-            pieces.append(newline)
-        return torch.stack([*pieces, *supplements]) if pieces or supplements else newline[None][:0]
+            parts.append(CropByHand(oracle, oracle.merged(tower, crop, at), read))
+        projector = oracle.model.model.multi_modal_projector
+        return arranged(oracle, parts, projector, self.read[number])
 
     def places(self, oracle: FamilyOracle, kind: str, number: int) -> list[int]:
-        tower, crops = self.tower(oracle.model, kind), self.pixels(kind, number)
-        rows, columns = self.read[number]
-        width = len(columns) + 1  # with the newline
-        last = self.placeholders(kind, number) - 1
-        oracle.prune(tower, crops[0])
-        places = [kept if kept >= 0 else last for kept in oracle.kept]
-        in_grid, supplements = [], []
-        for index, crop in enumerate(crops[1:]):
-            row, column = divmod(index, self.grids[number][1])
-            numbers = {}  # of patches of the crop that are read, their placeholders
-            for r in rows:
-                for c in columns:
-                    if (r // SIDE, c // SIDE) == (row, column):
-                        place = PATCHES + (r - rows[0]) * width + c - columns[0]
-                        numbers[r % SIDE * SIDE + c % SIDE] = place
-            oracle.prune(tower, crop, torch.tensor(sorted(numbers), dtype=torch.int64))
-            found = [numbers[sorted(numbers)[kept]] for kept in oracle.kept if kept >= 0]
-            of_supplement = [last] * (len(oracle.kept) - len(found))
-            if oracle.config.order == "raster":
-                in_grid += found
-                supplements += of_supplement
-            elif oracle.kept:
-                lowest = max((place - PATCHES) // width for place in numbers.values())
-                places += [*found, *of_supplement, PATCHES + lowest * width + width - 1]
-        newlines = {PATCHES + (place - PATCHES) // width * width + width - 1 for place in in_grid}
-        return [*places, *sorted([*in_grid, *newlines]), *supplements]
+        return self.by_hand(oracle, number)[1]
 
 
 class LlavaNextVideo(LlavaNext):
@@ -471,6 +503,154 @@ class LlavaNextSiglip(LlavaNext):
     }
 
 
+def halved(count: int, other: int) -> Tensor:
+    """[other, count], bilinear interpolation of `count` values in a row to `other`."""
+    weights = torch.zeros(other, count)
+    for i in range(other):
+        place = (i + 0.5) * count / other - 0.5
+        below = int(place)
+        share = place - below
+        weights[i, below] += 1 - share
+        weights[i, min(below + 1, count - 1)] += share
+    return weights
+
+
+class LlavaOnevision(LlavaNext):
+    """Image 3 is interpolated; 4 and 5 are of one prompt, each one view."""
+
+    kinds = ("image", "video")
+    model_name = "LlavaOnevision"
+    layers = (-1,)
+    vision = SiglipVisionConfig
+    class_token = False
+    default = WITHOUT_CLASS_TOKEN
+    sizes = ((60, 60), (10, 50), (60, 40), (120, 100), (60, 40), (10, 50))
+    grids = ((2, 2), (1, 2), (2, 2), (4, 4))
+    read = (*LlavaNext.read[:3], (range(20), range(2, 18)))
+    cells = ((10, 10), (3, 10), (10, 6), (16, 13))  # 20 x 16 are more than 1.1 * 1.1 * 9 crops
+    options: ClassVar[dict[str, Any]] = {
+        "image_grid_pinpoints": [[30, 60], [60, 30], [60, 60], [90, 30], [120, 120]]
+    }
+
+    def prompts(self) -> list[list[Part]]:
+        prompts = super().prompts()
+        prompts[2] = [[BOS], ("image", 4), [11, 12, 13], ("image", 5), [14]]
+        return [*prompts, [[BOS, 6], ("image", 3), [7, 8]]]
+
+    def processor(self, **size: Any) -> Any:
+        return LlavaOnevisionImageProcessor(size=size["crop_size"], **self.options)
+
+    def placeholders(self, kind: str, number: int) -> int:
+        if kind == "video":
+            return FRAMES * 9 + 1
+        if number >= 4:
+            return PATCHES + 1
+        height, width = self.cells[number]
+        return PATCHES + height * (width + 1)
+
+    def pixels(self, kind: str, number: int) -> Tensor:
+        if kind == "video":
+            return Family.pixels(self, kind, number)
+        if number >= 4:
+            return Family.pixels(self, kind, number)[None]
+        return super().pixels(kind, number)
+
+    def arguments(self, kind: str, numbers: list[int]) -> dict[str, Tensor]:
+        if kind == "video":
+            return Family.arguments(self, kind, numbers)
+        arguments = super().arguments(kind, numbers)
+        if max(numbers) < 4:
+            return arguments
+        together = "".join("v" if number >= 4 else "c" for number in numbers).replace("vv", "w")
+        counts = [2 if one == "w" else 1 for one in together]
+        return {**arguments, "batch_num_images": torch.tensor(counts)}
+
+    def features(self, oracle: FamilyOracle, kind: str, number: int) -> Tensor:
+        return self.tokens(oracle, kind, number)[0]
+
+    def places(self, oracle: FamilyOracle, kind: str, number: int) -> list[int]:
+        return self.tokens(oracle, kind, number)[1]
+
+    def tokens(self, oracle: FamilyOracle, kind: str, number: int) -> tuple[Tensor, list[int]]:
+        if kind == "image" and number < 4:
+            return self.by_hand(oracle, number)
+        each, tokens, places = 9 if kind == "video" else PATCHES, list[Tensor](), list[int]()
+        end = self.placeholders(kind, number) - 1
+        for index, pixels in enumerate(self.pixels(kind, number)):
+            tokens += self.view(oracle, kind, pixels)
+            of_supplement = end if kind == "image" else each * (index + 1) - 1
+            places += [each * index + i if i >= 0 else of_supplement for i in oracle.kept]
+        in_rows = kind == "image" and oracle.config.order == "raster"
+        if any(index >= 0 for index in oracle.kept) if in_rows else tokens:
+            tokens.append(oracle.model.model.image_newline)
+            places.append(end)
+        empty = oracle.model.model.image_newline[None][:0]
+        return torch.stack(tokens) if tokens else empty, places
+
+    def by_hand(self, oracle: FamilyOracle, number: int) -> tuple[Tensor, list[int]]:
+        pixels = self.pixels("image", number)
+        parts = [CropByHand(oracle, self.view(oracle, "image", pixels[0]))]
+        grid = self.whole(oracle, number)  # attention, keys, features, [height, width, X] each
+        for index in range(1, len(pixels)):
+            cells = self.of_crop(number, index - 1)
+            if not cells:
+                continue
+            at = torch.tensor(cells).T
+            attention, keys, features = (value[at[0], at[1]][None] for value in grid)
+            parts.append(CropByHand(oracle, oracle.merge(attention[..., 0], keys, features), cells))
+        height, width = self.cells[number]
+        return arranged(oracle, parts, lambda row: row, (range(height), range(width)))
+
+    def scored(self, oracle: FamilyOracle, kind: str, pixels: Tensor) -> list[Tensor]:
+        """Attention, keys and projected features [5, 5, X] of a crop or a frame [3, 30, 30]."""
+        tower = self.tower(oracle.model, kind)
+        query, keys, hidden = tower_outputs(tower, pixels[None], *self.layers)
+        attention = scores_by_hand(query, keys, oracle.config, class_token=False)
+        features = oracle.model.model.multi_modal_projector(hidden)
+        return [v[0].unflatten(0, (SIDE, SIDE)) for v in (attention[..., None], keys, features)]
+
+    def view(self, oracle: FamilyOracle, kind: str, pixels: Tensor) -> Tensor:
+        """Tokens [m, D] of an image that is not cut, an overview or a frame."""
+        values = self.scored(oracle, kind, pixels)
+        if kind == "video":
+            half = halved(SIDE, 3)
+            values = [torch.einsum("ih,jw,hwx->ijx", half, half, value) for value in values]
+        attention, keys, features = (value.flatten(0, 1)[None] for value in values)
+        return oracle.merge(attention[..., 0], keys, features)
+
+    def whole(self, oracle: FamilyOracle, number: int) -> list[Tensor]:
+        """Attention, keys and features of the cells of all crops, [height, width, X] each."""
+        crops = [self.scored(oracle, "image", crop) for crop in self.pixels("image", number)[1:]]
+        columns = self.grids[number][1]
+        rows = [crops[start : start + columns] for start in range(0, len(crops), columns)]
+        inside, (height, width) = self.read[number], self.cells[number]
+        ratio = math.sqrt(len(inside[0]) * len(inside[1]) / (9 * PATCHES))
+        assert (ratio > 1.1) == (number == 3)
+        down, across = halved(len(inside[0]), height), halved(len(inside[1]), width)
+        found = []
+        for part in range(3):
+            grid = torch.cat([torch.cat([crop[part] for crop in row], 1) for row in rows])
+            grid = grid[inside[0].start : inside[0].stop, inside[1].start : inside[1].stop]
+            found.append(torch.einsum("ih,jw,hwx->ijx", down, across, grid))
+        return found
+
+    def of_crop(self, number: int, crop: int) -> list[tuple[int, int]]:
+        """The cells whose middle lies in a crop of the grid."""
+        (rows, columns), (height, width) = self.read[number], self.cells[number]
+
+        def crop_of(index: int, cells: int, inside: range) -> int:
+            middle = Fraction((2 * index + 1) * len(inside), 2 * cells)
+            return math.floor(inside.start + middle) // SIDE
+
+        where = divmod(crop, self.grids[number][1])
+        return [
+            (i, j)
+            for i in range(height)
+            for j in range(width)
+            if (crop_of(i, height, rows), crop_of(j, width, columns)) == where
+        ]
+
+
 FAMILIES: dict[str, Family] = {
     "LLaVA": Llava(),
     "LLaVA of several layers": LlavaLayers(),
@@ -480,4 +660,5 @@ FAMILIES: dict[str, Family] = {
     "LLaVA-NeXT-Video": LlavaNextVideo(),
     "LLaVA with SigLIP": LlavaSiglip(),
     "LLaVA-NeXT with SigLIP": LlavaNextSiglip(),
+    "LLaVA-OneVision": LlavaOnevision(),
 }

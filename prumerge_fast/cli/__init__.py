@@ -46,6 +46,12 @@ class Merge(str, Enum):
     none = "none"
 
 
+class Supplement(str, Enum):
+    each = "each"
+    image = "image"
+    none = "none"
+
+
 class Engine(str, Enum):
     transformers = "transformers"
     vllm = "vllm"
@@ -159,6 +165,13 @@ NeighboursOption = Annotated[
 MergeOption = Annotated[
     Merge, typer.Option(help="sum: the authors' code; average: the paper's text; none: only prune.")
 ]
+SupplementOption = Annotated[
+    Supplement,
+    typer.Option(
+        help="One more token that sums up what was pruned: of each image, crop or frame; one of "
+        "all crops of an image; or none."
+    ),
+]
 ScoresOption = Annotated[
     Scores,
     typer.Option(
@@ -217,7 +230,7 @@ def _compare(
         list[Path] | None,
         typer.Option(
             metavar="FILE|FOLDER ...",
-            help="Videos to ask about, of a Video-LLaVA or LLaVA-NeXT-Video (extra: video).",
+            help="Videos to ask about, of a model that takes videos (extra: video).",
         ),
     ] = None,
     frames: FramesOption = DEFAULT_FRAMES,
@@ -274,6 +287,7 @@ def _compare(
     scores: ScoresOption = Scores.auto,
     heads: HeadsOption = Heads.auto,
     positions: PositionsOption = Positions.compact,
+    supplement: SupplementOption = Supplement.each,
     backend: BackendOption = Backend.auto,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
@@ -316,7 +330,7 @@ def _compare(
             html=html,
             count=count,
             chosen=[
-                _chosen(one, keep, neighbours, merge, scores, heads, positions)
+                _chosen(one, keep, neighbours, merge, scores, heads, positions, supplement)
                 for one in dict.fromkeys(variant or Variant)
             ],
             backend=backend.value,
@@ -355,6 +369,7 @@ def _show(
     neighbours: NeighboursOption = 32,
     scores: ScoresOption = Scores.auto,
     heads: HeadsOption = Heads.auto,
+    supplement: SupplementOption = Supplement.each,
     backend: BackendOption = Backend.auto,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
@@ -374,7 +389,9 @@ def _show(
             frames=frames,
             model=model,
             image_aspect_ratio=_value(image_aspect_ratio),
-            chosen=_chosen(variant, keep, neighbours, Merge.sum, scores, heads),
+            chosen=_chosen(
+                variant, keep, neighbours, Merge.sum, scores, heads, supplement=supplement
+            ),
             backend=backend.value,
             dtype=dtype.value,
             device=device,
@@ -555,6 +572,7 @@ def _batch(
     scores: ScoresOption = Scores.auto,
     heads: HeadsOption = Heads.auto,
     positions: PositionsOption = Positions.compact,
+    supplement: SupplementOption = Supplement.each,
     engine: Annotated[
         Engine,
         typer.Option(
@@ -622,7 +640,7 @@ def _batch(
             image_folder=image_folder,
             conv_template=_value(conv_template),
             image_aspect_ratio=_value(image_aspect_ratio),
-            chosen=_chosen(variant, keep, neighbours, merge, scores, heads, positions),
+            chosen=_chosen(variant, keep, neighbours, merge, scores, heads, positions, supplement),
             engine=engine.value,
             engine_kwargs=_engine_kwargs(engine_kwargs, engine),
             address=address,
@@ -684,6 +702,7 @@ def _chosen(
     scores: Scores,
     heads: Heads,
     positions: Positions = Positions.compact,
+    supplement: Supplement = Supplement.each,
 ) -> dict[str, Any]:
     """Options of `PruMergeConfig`; what is not given is left to the model."""
     from prumerge_fast.reduction.config import PruMergeConfig
@@ -694,6 +713,7 @@ def _chosen(
         "scores": scores.value,
         "heads": heads.value,
         "positions": positions.value,
+        "supplement": {"each": True, "image": "image", "none": False}[supplement.value],
     }
     if variant is not None:
         chosen["variant"] = variant.value
@@ -729,7 +749,8 @@ def _engine_kwargs(text: str | None, engine: Engine) -> dict[str, Any]:
     if not isinstance(overrides, dict) or "prumerge" in overrides:
         raise InputError(
             "--engine-kwargs: expected hf_overrides to be a JSON object without prumerge, which is "
-            f"--keep, --variant, --neighbours, --merge, --scores and --heads, got {text}"
+            "--keep, --variant, --neighbours, --merge, --scores, --heads and --supplement, got "
+            f"{text}"
         )
     return found
 

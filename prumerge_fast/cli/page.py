@@ -123,7 +123,7 @@ def panels(
         seen = look(loaded, content, name, configs, backend=backend, modality=modality)
         panel = PANEL if len(seen.views) == 1 else PANEL // 3
         views = [seen.views[number] for number in seen.drawn()]
-        grids = [Grid(view.image, view.cells, panel) for view in views]
+        grids = [Grid(view.image, view.cells, panel, view.joined) for view in views]
         patches = sum(len(view.patches) for view in seen.views)
         drawn[name, modality] = {}
         for policy in run["results"]:

@@ -34,6 +34,8 @@ class View:
         keys: [n, C], of these patches.
         attention: [N], what each policy scores all patches by, by its name; 0 in the padding.
         kept: The patches that each policy keeps, by its name, in the order of its output.
+        joined: [N], where the model joins patches before they are pruned, the patch that stands for
+            each, -1 in the padding; `None`: each stands for itself.
     """
 
     image: Image.Image
@@ -41,6 +43,7 @@ class View:
     keys: Tensor
     attention: dict[str, Tensor]
     kept: dict[str, list[int]]
+    joined: Tensor | None = None
 
     @property
     def cells(self) -> int:
@@ -158,7 +161,8 @@ def _view(
     configs: Mapping[str, PruMergeConfig],
     backend: str,
 ) -> View:
-    valid = next(iter(views.values())).valid[number]  # [N]
+    first = next(iter(views.values()))
+    valid = first.valid[number]  # [N]
     patches = valid.nonzero()[:, 0]  # [n]
     keys = torch.empty(0)
     attention, kept = {}, dict[str, list[int]]()
@@ -176,7 +180,8 @@ def _view(
         attention[policy][patches] = chosen.attention[0].float().cpu()
         centres = merged.kept[0].cpu()
         kept[policy] = patches[centres[centres >= 0]].tolist()
-    return View(image, patches.tolist(), keys, attention, kept)
+    joined = None if first.cells is None else first.cells[number]  # [N]
+    return View(image, patches.tolist(), keys, attention, kept, joined)
 
 
 class Grid:
@@ -186,9 +191,13 @@ class Grid:
         image: Square.
         patches: N, a square number.
         panel: Pixels of the final picture's side, at least.
+        joined: Of a `View`.
     """
 
-    def __init__(self, image: Image.Image, patches: int, panel: int) -> None:
+    def __init__(
+        self, image: Image.Image, patches: int, panel: int, joined: Tensor | None = None
+    ) -> None:
+        self.joined = joined
         self.cells = round(patches**0.5)
         self.cell = 2 * -(-panel // self.cells)  # pixels of a patch's side
         self.side = self.cell * self.cells // 2
@@ -201,10 +210,24 @@ class Grid:
     def dimmed(self, brightness: float) -> Image.Image:
         return self.image.point(lambda value: value * brightness)
 
+    def members(self, index: int) -> list[tuple[int, int]]:
+        """Rows and columns of the patches that a patch stands for."""
+        members = [index]
+        if self.joined is not None:
+            members = (self.joined == index).nonzero()[:, 0].tolist()
+        return [divmod(member, self.cells) for member in members]
+
+    def spread(self, values: Tensor) -> Tensor:
+        """[N], of each patch the value of the one that stands for it; 0 in the padding."""
+        if self.joined is None:
+            return values
+        return values[self.joined].masked_fill(self.joined < 0, 0)
+
     def box(self, index: int) -> tuple[int, int, int, int]:
-        row, column = divmod(index, self.cells)
-        left, top = column * self.cell, row * self.cell
-        return left, top, left + self.cell, top + self.cell
+        """Around what a patch stands for, which is a rectangle."""
+        rows, columns = zip(*self.members(index), strict=True)
+        left, top, right, bottom = min(columns), min(rows), max(columns) + 1, max(rows) + 1
+        return left * self.cell, top * self.cell, right * self.cell, bottom * self.cell
 
     def middle(self, index: int) -> tuple[float, float]:
         left, top, right, bottom = self.box(index)
@@ -232,9 +255,10 @@ class Grid:
         """The image, dark but for the kept patches, with a line around each group of them."""
         picture = self.lit(centres)
         pen = ImageDraw.Draw(picture)
-        kept = {divmod(index, self.cells) for index in centres}
+        kept = {member for index in centres for member in self.members(index)}
         for row, column in kept:
-            left, top, right, bottom = self.box(row * self.cells + column)
+            left, top = column * self.cell, row * self.cell
+            right, bottom = left + self.cell, top + self.cell
             for neighbour, edge in {
                 (row - 1, column): (left, top, right, top),
                 (row + 1, column): (left, bottom, right, bottom),

@@ -158,7 +158,7 @@ def draw(seen: Seen, links: list[dict[int, list[int]]], scores: str) -> Image.Im
     shown = [links[number] for number in numbers]
     attention = [view.attention[SHOWN] for view in views]
     panel = PANEL // 2 if several else PANEL
-    grids = [Grid(view.image, view.cells, panel) for view in views]
+    grids = [Grid(view.image, view.cells, panel, view.joined) for view in views]
 
     def arranged(tiles: Iterable[Image.Image]) -> Image.Image:
         return seen.arranged([g.final(tile) for g, tile in zip(grids, tiles, strict=True)])
@@ -203,7 +203,7 @@ def _sheet(panels: dict[str, Image.Image], *, below: bool) -> Image.Image:
 
 def _draw_attention(grid: Grid, attention: Tensor) -> Image.Image:
     most = max(attention.max().item(), 1e-12)  # a crop may be all padding
-    share = np.sqrt(attention.numpy() / most)  # [N]; the root lifts the tail
+    share = np.sqrt(grid.spread(attention).numpy() / most)  # [N]; the root lifts the tail
     positions = np.linspace(0, 1, len(HEAT))
     colours = np.stack([np.interp(share, positions, HEAT[:, c]) for c in range(3)], axis=-1)
     tiles = Image.fromarray(colours.astype(np.uint8).reshape(grid.cells, grid.cells, 3))

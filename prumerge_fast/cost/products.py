@@ -76,12 +76,13 @@ def prune_merge_products(tower: TowerShape, config: PruMergeConfig) -> list[Prod
     if centres is None:
         raise ValueError("keep: expected a number of tokens, because cost has no image to count on")
     merged = centres if config.merge != "none" else 0
-    rows = centres + config.supplement
+    supplement = int(bool(config.supplement))
+    rows = centres + supplement
     asking = patches if config.scoring(class_token=tower.class_token).received else 1
     return [
         Product(2 * asking * tower.rows * width, 0, (asking + tower.rows) * width),
         Product(2 * merged * patches * width, 0, 0),
-        Product(2 * (merged + config.supplement) * patches * width, 0, (patches + rows) * width),
+        Product(2 * (merged + supplement) * patches * width, 0, (patches + rows) * width),
     ]
 
 

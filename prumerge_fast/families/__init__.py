@@ -30,6 +30,9 @@ FAMILIES = {
     "LlavaNextVideoForConditionalGeneration": Family(
         "LLaVA-NeXT-Video in transformers", "prumerge_fast.families.llava_next_video"
     ),
+    "LlavaOnevisionForConditionalGeneration": Family(
+        "LLaVA-OneVision in transformers", "prumerge_fast.families.llava_onevision"
+    ),
     "VideoLlavaForConditionalGeneration": Family(
         "Video-LLaVA in transformers", "prumerge_fast.families.video_llava"
     ),
@@ -43,7 +46,6 @@ FAMILIES = {
 }
 # Models that people try, and why they cannot be pruned.
 _WITHOUT_CLASS_TOKEN = {
-    "LlavaOnevisionForConditionalGeneration": "SigLIP",
     "Mistral3ForConditionalGeneration": "Pixtral",
 }
 

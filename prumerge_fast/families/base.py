@@ -43,14 +43,17 @@ class Views(NamedTuple):
         patches: Of each, N.
         valid: [K, N] bool; False for patches in the padding around an image, which take no part.
         pixels: [K, 3, H, W].
-        grids: Rows and columns of each image's crops, which its overview comes before; empty where
-            images and frames are not cut.
+        grids: Rows and columns of each image's crops, which its overview comes before, 0 of one
+            that is not cut; empty where images and frames are not cut.
+        cells: [K, N], the patch whose place in `patches` each patch's features are part of, -1 in
+            the padding: where a model joins patches before they are pruned. `None`: each its own.
     """
 
     patches: Patches
     valid: Tensor
     pixels: Tensor
     grids: Sequence[tuple[int, int]] = ()
+    cells: Tensor | None = None
 
 
 Override = Callable[[Any, Any, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -147,6 +150,9 @@ class Adapter(BaseAdapter):
 
     pixels: ClassVar[dict[str, str]] = {"image": "pixel_values"}
     """For each modality of the family, the argument that holds its pixels."""
+
+    prunes_projected: ClassVar[bool] = False
+    """Whether patches are pruned behind the projector, not in front of it."""
 
     reduce: Callable[[Patches, PruMergeConfig, str], MergedTokens] = staticmethod(reduce_patches)
     """What reduces patches, called as `reduce_patches` is; `reading_once` gives a copy with

@@ -1,4 +1,5 @@
-"""How LLaVA-NeXT cuts images into crops, and where the language model reads what of them.
+"""How LLaVA-NeXT and its kin cut images into crops, and where the language model reads what of
+them.
 
 All of it follows from a model's configuration, so that engines which build models of their own
 share it.
@@ -6,7 +7,7 @@ share it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -20,9 +21,10 @@ from prumerge_fast.reduction.reading import Patches, reduce_patches
 
 
 class CropRows(NamedTuple):
-    """Tokens of crops: features [R, C], the crop [R] of each, and its patch [R], -1 for none.
+    """Tokens of crops: features [R, C], the crop [R] of each, and its patch [R].
 
-    Patches are numbered through all crops, N each.
+    Patches are numbered through all crops, N each. A crop's supplement is of none, -1; one that
+    sums up a whole image, -2, stands last and has the image's last crop.
     """
 
     tokens: Tensor
@@ -37,7 +39,7 @@ class CropLayout(NamedTuple):
         images: For each image, the patch in each place, numbered as in `CropRows`;
             -1 for a newline.
         is_read: [K, N] bool, which patches of each crop are in `images`.
-        image_of_crop: [K].
+        image_of_crop: [K]. An image of one crop is not cut.
         is_overview: [K] bool.
     """
 
@@ -47,8 +49,14 @@ class CropLayout(NamedTuple):
     is_overview: Tensor
 
 
-def crop_counts(config: Any, image_sizes: Any) -> list[int]:
-    """Number of crops of each image, the overview among them."""
+def crop_counts(config: Any, image_sizes: Any, is_cut: Sequence[bool] | None = None) -> list[int]:
+    """Number of crops of each image, the overview among them; of one that is not cut, 1.
+
+    Args:
+        config: A model's configuration.
+        image_sizes: Height and width of each image.
+        is_cut: Of each image; `None`: all are.
+    """
     from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
     if image_sizes is None:
@@ -57,7 +65,12 @@ def crop_counts(config: Any, image_sizes: Any) -> list[int]:
             "with pixel_values, got None"
         )
     grids, side = config.image_grid_pinpoints, config.vision_config.image_size
-    return [image_size_to_num_patches(size, grids, side) for size in image_sizes]
+    if is_cut is None:
+        is_cut = [True] * len(image_sizes)
+    return [
+        image_size_to_num_patches(size, grids, side) if cut else 1
+        for size, cut in zip(image_sizes, is_cut, strict=True)
+    ]
 
 
 def crop_grid(config: Any, image_size: Any) -> tuple[int, int]:
@@ -89,12 +102,16 @@ def crop_layout(config: Any, counts: list[int], image_sizes: Any, patches: int) 
         "default",
         torch.tensor([-1]),
     )
-    images = [places[:, 0] for places in packed]
+    return layout_of([places[:, 0] for places in packed], counts, patches)
+
+
+def layout_of(images: list[Tensor], counts: list[int], patches: int) -> CropLayout:
+    """The layout of images of so many crops of N patches, from `CropLayout.images`."""
     read = torch.cat(images)
-    is_read = torch.zeros(len(numbers), patches, dtype=torch.bool)
+    is_read = torch.zeros(sum(counts), patches, dtype=torch.bool)
     is_read.view(-1)[read[read >= 0]] = True
     crops = torch.tensor(counts)
-    first = torch.zeros(len(numbers), dtype=torch.bool)
+    first = torch.zeros(len(is_read), dtype=torch.bool)
     first[crops.cumsum(0) - crops] = True
     image_of_crop = torch.arange(len(counts)).repeat_interleave(crops)
     return CropLayout(images, is_read, image_of_crop, first & (crops > 1)[image_of_crop])
@@ -107,13 +124,35 @@ def prune_crops(
     backend: str,
     reduce: Callable[[Patches, PruMergeConfig, str], MergedTokens] = reduce_patches,
 ) -> CropRows:
-    """Prune and merge each crop over its patches that are read; rows in the order of crops."""
+    """Prune and merge each crop over its patches that are read; rows in the order of crops.
+
+    With `supplement="image"`, those of an image's crops are one, their mean, behind all rows.
+    """
     merged = reduce_unpadded(patches, layout.is_read, config, backend, reduce)
     tokens, kept = zip(*merged, strict=True)  # of each crop [m, C] and [m]
     crop = torch.arange(len(merged)).repeat_interleave(torch.tensor(list(map(len, kept))))  # [R]
     patch = torch.cat(kept).long().cpu()  # [R]
     numbered = crop * layout.is_read.shape[1] + patch  # [R]
-    return CropRows(torch.cat(tokens), crop, numbered.where(patch >= 0, -1))
+    rows = CropRows(torch.cat(tokens), crop, numbered.where(patch >= 0, -1))
+    return _with_joined_supplements(rows, layout) if config.supplement == "image" else rows
+
+
+def _with_joined_supplements(rows: CropRows, layout: CropLayout) -> CropRows:
+    crops = layout.image_of_crop.bincount()  # [images]
+    image = layout.image_of_crop[rows.crop]  # [R]
+    joins = (rows.patch < 0) & (crops[image] > 1)  # [R]
+    images, counts = image[joins].unique_consecutive(return_counts=True)  # [I] each
+    if not len(images):
+        return rows
+    device = rows.tokens.device
+    members = rows.tokens[joins.to(device)].split(counts.tolist())
+    means = [of_image.float().mean(0, keepdim=True).to(of_image) for of_image in members]
+    last = crops.cumsum(0)[images] - 1  # [I]
+    return CropRows(
+        torch.cat((rows.tokens[~joins.to(device)], *means)),
+        torch.cat((rows.crop[~joins], last)),
+        torch.cat((rows.patch[~joins], torch.full_like(last, -2))),
+    )
 
 
 def with_newlines(
@@ -158,15 +197,20 @@ def _arrange(
     image = layout.image_of_crop[crop]  # [R]
     is_patch = patch >= 0  # [R]
     stands = place[patch].where(is_patch, ends[image] - 1)  # [R]
+    of_image = patch == -2  # [R], what sums up a whole image
     if order == "attention":
-        ended = crop[in_grid].unique()  # crops that a newline ends
+        ended = crop[in_grid & ~of_image].unique()  # crops that a newline ends
         newline_image = layout.image_of_crop[ended]
         last = place.view(layout.is_read.shape).amax(1)[ended]
         newlines = newlines[torch.searchsorted(newlines, last)]
-        key = torch.cat((2 * crop, 2 * ended + 1))
+        key = torch.cat((3 * crop + 2 * of_image, 3 * ended + 1))
     else:
+        is_first = torch.ones_like(layout.is_overview)  # [K], an overview or an image not cut
+        is_first[1:] = layout.image_of_crop.diff() > 0
         behind = torch.where(  # what a supplement follows
-            in_grid, ends[image], (ends - total)[image] + layout.is_read.shape[1]
+            is_first[crop] & ~of_image,
+            (ends - total)[image] + layout.is_read.shape[1],
+            ends[image],
         )
         key = torch.where(is_patch, 2 * stands, 2 * behind - 1)  # [R]
 

@@ -148,7 +148,7 @@ class LlavaAdapter(Adapter):
         patches = self.pooled(model, modality, reading, config, backend)
         merged = self.merge(modality, reading, patches, config, backend)
         tokens, _ = merged.packed()  # [sum of lengths, C]
-        features = inner_model(model).multi_modal_projector(tokens)  # [sum of lengths, D]
+        features = self.projected(model, tokens)  # [sum of lengths, D]
         lengths = merged.lengths.view(count, -1).sum(1).tolist()
         each = self.placeholders(modality, patches.features.shape[1])  # of an image or a frame
         frames = len(pictures) // count
@@ -172,6 +172,10 @@ class LlavaAdapter(Adapter):
         """`reduce_patches` of what was read and pooled; of fewer than `keep`, all are kept."""
         config = within_budget(config, patches.features.shape[1])
         return self.reduce(patches, config, backend)
+
+    def projected(self, model: Any, tokens: Tensor) -> Tensor:
+        """Merged tokens [R, C] as the language model reads them, [R, D]."""
+        return tokens if self.prunes_projected else inner_model(model).multi_modal_projector(tokens)
 
     def placeholders(self, modality: str, patches: int) -> int:
         """Placeholders in the caller's prompt of an image or a frame with so many patches."""

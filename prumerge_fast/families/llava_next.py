@@ -7,7 +7,8 @@ The model ends each row of the grid with a newline token. With `order="raster"`,
 the places where the model has them, row by row through all crops, and a row that loses all of its
 tokens loses its newline; the supplements of the crops follow. With `order="attention"` there are
 no rows: crops follow each other, each with its supplement and then one newline; the overview has
-none, as in the model.
+none, as in the model. With `supplement="image"` the supplements of an image's crops, the overview's
+among them, are one row, their mean, which is the image's last, behind all newlines.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from prumerge_fast.families.crops import (
 )
 from prumerge_fast.families.llava import LlavaAdapter
 from prumerge_fast.reduction.config import PruMergeConfig
-from prumerge_fast.reduction.reading import Reading
+from prumerge_fast.reduction.reading import Patches, Reading
 
 
 class LlavaNextAdapter(LlavaAdapter):
@@ -72,10 +73,11 @@ class LlavaNextAdapter(LlavaAdapter):
             return super().encode_pixels(model, modality, images, config, backend)
         crops, layout = self._cut(model, images)
         reading = self.read(model, "image", crops, images, config.scores == "received")
-        rows = prune_crops(reading, layout, config, backend, self.reduce)
+        patches = self.packed(model, images, reading, layout, config, backend)
+        rows = prune_crops(patches, layout, config, backend, self.reduce)
 
-        projected = inner_model(model).multi_modal_projector(rows.tokens)  # [R, D]
-        newline = _newline(model)
+        projected = self.projected(model, rows.tokens)  # [R, D]
+        newline = newline_of(model)
         features, lengths, places = with_newlines(projected, newline, rows, layout, config.order)
         return ImageTokens(features, lengths, [len(image) for image in layout.images], places)
 
@@ -90,18 +92,42 @@ class LlavaNextAdapter(LlavaAdapter):
         """Of images: all overviews and crops, but for those that only pad a batch."""
         if modality != "image":
             return super().views(model, modality, images, config, backend)
+        config = self.resolved(model, config)
         crops, layout = self._cut(model, images)
-        grids = [crop_grid(model.config, size) for size in images["image_sizes"]]
-        every_query = self.resolved(model, config).scores == "received"
-        reading = self.read(model, "image", crops, images, every_query)
-        return Views(reading, layout.is_read, crops, grids)
+        reading = self.read(model, "image", crops, images, config.scores == "received")
+        patches = self.packed(model, images, reading, layout, config, backend)
+        grids = [
+            crop_grid(model.config, size) if count > 1 else (0, 0)
+            for size, count in zip(
+                images["image_sizes"], layout.image_of_crop.bincount(), strict=True
+            )
+        ]
+        return Views(patches, layout.is_read, crops, grids)
+
+    def counts(self, model: Any, images: Mapping[str, Any]) -> list[int]:
+        """Number of crops of each image, the overview among them."""
+        return crop_counts(model.config, images.get("image_sizes"))
+
+    def layout(self, model: Any, images: Mapping[str, Any], counts: list[int]) -> CropLayout:
+        """Where the model reads the patches of images of so many crops."""
+        return crop_layout(model.config, counts, images["image_sizes"], self.num_patches(model))
+
+    def packed(
+        self,
+        model: Any,
+        images: Mapping[str, Any],
+        reading: Reading,
+        layout: CropLayout,
+        config: PruMergeConfig,
+        backend: str,
+    ) -> Patches:
+        """The patches [K, N] that are pruned: those that were read, or what the model packs."""
+        return reading
 
     def _cut(self, model: Any, images: Mapping[str, Any]) -> tuple[Tensor, CropLayout]:
         """The crops [K, 3, H, W] of all images, and where the model reads their patches."""
-        sizes = images.get("image_sizes")
-        counts = crop_counts(model.config, sizes)
-        crops = _crops(images["pixel_values"], counts)
-        return crops, crop_layout(model.config, counts, sizes, self.num_patches(model))
+        counts = self.counts(model, images)
+        return _crops(images["pixel_values"], counts), self.layout(model, images, counts)
 
 
 def _crops(pixel_values: Any, counts: list[int]) -> Tensor:
@@ -124,7 +150,7 @@ def _crops(pixel_values: Any, counts: list[int]) -> Tensor:
     )
 
 
-def _newline(model: Any) -> Tensor:
+def newline_of(model: Any) -> Tensor:
     """The newline [D], which accelerate brings only to the model's own `forward`."""
     owner = inner_model(model)
     if not owner.image_newline.is_meta:

@@ -18,6 +18,7 @@ from prumerge_fast.errors import UnsupportedModelError
 from prumerge_fast.families.arguments import named_arguments
 from prumerge_fast.families.base import BaseAdapter, Override
 from prumerge_fast.families.original_tower import ADAPTER as TOWER
+from prumerge_fast.reduction.config import PruMergeConfig
 from prumerge_fast.reduction.padding import reduce_unpadded
 from prumerge_fast.reduction.reading import Reading
 
@@ -53,6 +54,14 @@ class OriginalAdapter(BaseAdapter):
         self, model: Any, images: Mapping[str, Any], *, every_query: bool = False
     ) -> Reading:
         return TOWER.reading(model.get_vision_tower(), images, every_query=every_query)
+
+    def resolved(self, model: Any, config: PruMergeConfig) -> PruMergeConfig:
+        if config.supplement == "image":
+            raise ValueError(
+                "supplement: expected True (one a crop) or False for the original LLaVA package, "
+                "got 'image'"
+            )
+        return super().resolved(model, config)
 
     def overrides(self, model_class: type) -> Mapping[str, Override]:
         return {

@@ -6,6 +6,7 @@ leaves out the system message, and their image processor crops what is not squar
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -111,13 +112,24 @@ def model_inputs(
         first = "" if given.pop("add_special_tokens") else loaded.processor.tokenizer.bos_token
         prompts = [prompt.removeprefix(first) for prompt in prompts]
     inputs = loaded.processor(
-        images=[framed(loaded, image) for image in images] or None,
+        images=_of_prompts(loaded, prompts, [framed(loaded, image) for image in images]) or None,
         text=prompts,
         padding=True,
         return_tensors="pt",
         **given,
     )
     return inputs.to(loaded.device, loaded.dtype)
+
+
+def _of_prompts(loaded: Loaded, prompts: list[str], images: list[Image.Image]) -> list[Any]:
+    """The images prompt by prompt, where a model reads one of several otherwise than one alone."""
+    if "batch_num_images" not in loaded.adapter.image_arguments:
+        return images
+    counts = [prompt.count(placeholder(loaded, "image")) for prompt in prompts]
+    if sum(counts) != len(images):
+        return images  # the processor says what is wrong
+    rest = iter(images)
+    return [list(itertools.islice(rest, count)) for count in counts if count]
 
 
 def pictures_of(loaded: Loaded, inputs: Any) -> dict[str, Any]:

@@ -13,7 +13,14 @@ Nothing is run twice or simulated: hooks on the model's own modules take the tim
 
 A model that encodes images and videos in one call goes through the first three twice, which count
 together. Frames are pooled (LLaVA-NeXT-Video) as part of the vision stage. Newlines and the like
-are put between projected tokens in the prefill stage. `total` is the whole call, with what
+are put between projected tokens in the prefill stage.
+
+A family that is pruned behind the projector (LLaVA-OneVision) scores patches, projects all of them
+and goes on pruning: prune+merge is both what is between the tower and the projector and what is
+between the projector and the prompt's embeddings, with which prefill begins. It includes packing,
+interpolation, pooling and newlines, which are prefill's where such a model is not patched.
+
+`total` is the whole call, with what
 `generate` does before the vision tower. A stage that does not exist is `None`: unpatched, nothing
 happens between tower and projector, and a prompt without images has no vision. On a GPU the marks
 are CUDA events, so that the clock itself never makes the host wait.
@@ -176,7 +183,11 @@ class _Clock:
             self._before(pooling, "vision")
             self._after(pooling, "prune_merge")
         self._before(inner_model(llava).multi_modal_projector, "projector")
-        self._after(inner_model(llava).multi_modal_projector, "prefill")
+        if self._pruned and family.prunes_projected:
+            self._after(inner_model(llava).multi_modal_projector, "prune_merge")
+            self._before(llava.get_input_embeddings(), "prefill", only_first=True)
+        else:
+            self._after(inner_model(llava).multi_modal_projector, "prefill")
         self._after(self._model.get_output_embeddings(), "decode", only_first=True)
         self._mark("before")
         return self
@@ -202,8 +213,13 @@ class _Clock:
             total=_seconds(self._marks[0][1], last),
         )
 
-    def _before(self, module: torch.nn.Module, name: str) -> None:
-        handle = module.register_forward_pre_hook(lambda *_: self._mark(name))
+    def _before(self, module: torch.nn.Module, name: str, *, only_first: bool = False) -> None:
+        def hook(*_: object) -> None:
+            self._mark(name)
+            if only_first:
+                handle.remove()
+
+        handle = module.register_forward_pre_hook(hook)
         self._hooks.callback(handle.remove)
 
     def _after(self, module: torch.nn.Module, name: str, *, only_first: bool = False) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 Variant = Literal["prumerge", "prumerge+"]
 Merge = Literal["sum", "average", "none"]
+Supplement = bool | Literal["image"]
 Order = Literal["attention", "raster"]
 Scores = Literal["auto", "class", "received"]
 Heads = Literal["auto", "joint", "separate"]
@@ -58,7 +59,9 @@ class PruMergeConfig:
             `"average"`: `(a_p y_p + Σ a_j y_j) / (a_p + Σ a_j)`, as in the paper's text; where
             those weights are all zero the centre stays `y_p`. `"none"`: `y_p` as it is.
         supplement: Append one last row per image, `Σ a_j y_j` over every token that is no
-            centre (a zero row when every token is a centre).
+            centre (a zero row when every token is a centre). Of images that a model cuts into
+            crops each crop has its own; `"image"`: the image has one, their mean, as if attention
+            over the image were the mean of its crops'. Frames of a video have one each either way.
         order: Centres in the order in which they were chosen (`"attention"`: descending
             scores, then the spatial tokens of `"prumerge+"` in raster order) or all of them
             by patch index (`"raster"`). The supplement is last either way.
@@ -84,7 +87,7 @@ class PruMergeConfig:
     neighbours: int = 32
     fence: float = 1.5
     merge: Merge = "sum"
-    supplement: bool = True
+    supplement: Supplement = True
     order: Order = "attention"
     scores: Scores = "auto"
     heads: Heads = "auto"
@@ -97,8 +100,11 @@ class PruMergeConfig:
         object.__setattr__(self, "keep", _checked_keep(self.keep))
         object.__setattr__(self, "neighbours", _checked_neighbours(self.neighbours))
         object.__setattr__(self, "fence", _checked_fence(self.fence))
-        if not isinstance(self.supplement, bool):
-            raise TypeError(f"supplement: expected True or False, got {_describe(self.supplement)}")
+        expected = f"supplement: expected True, False or 'image', got {_describe(self.supplement)}"
+        if not isinstance(self.supplement, (bool, str)):
+            raise TypeError(expected)
+        if self.supplement not in (True, False, "image"):
+            raise ValueError(expected)
 
     def budget(self, num_patches: int) -> int | None:
         """Number of centres that an image of `num_patches` patch tokens keeps.
@@ -127,7 +133,7 @@ class PruMergeConfig:
             ValueError: `keep` is larger than `num_patches`.
         """
         budget = self.budget(num_patches)
-        return (num_patches if budget is None else budget) + int(self.supplement)
+        return (num_patches if budget is None else budget) + bool(self.supplement)
 
     def scoring(self, *, class_token: bool = True) -> Scoring:
         """What scores the patches of a tower with or without a class token.

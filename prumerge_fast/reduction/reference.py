@@ -61,7 +61,7 @@ def reduce_tokens_reference(
         images.append((centres, merge_rows(a, k, y, centres, config)))
 
     if config.keep is None:
-        capacity = max((len(tokens) for _, tokens in images), default=int(config.supplement))
+        capacity = max((len(tokens) for _, tokens in images), default=int(bool(config.supplement)))
     else:
         capacity = config.capacity(num_patches)
     tokens = hidden.new_zeros(batch, capacity, channels)

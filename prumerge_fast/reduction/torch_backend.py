@@ -81,8 +81,8 @@ def reduce_tokens_torch(
     kept[:, :most] = centres
     kept = kept.masked_fill(~is_centre_row, -1)
     if budget is None:
-        merged = _close_gaps(merged, slots, counts, config.supplement)
-    lengths = counts + config.supplement  # [B]
+        merged = _close_gaps(merged, slots, counts, bool(config.supplement))
+    lengths = counts + bool(config.supplement)  # [B]
     return MergedTokens(merged.to(hidden.dtype), lengths.int(), kept.int(), attention)
 
 

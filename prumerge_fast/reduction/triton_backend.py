@@ -72,7 +72,7 @@ def _options(config: PruMergeConfig, num_patches: int) -> tuple[int | None, tupl
         config.neighbours,
         config.fence,
         config.merge,
-        config.supplement,
+        bool(config.supplement),
         config.order,
     )
 
@@ -83,7 +83,7 @@ def _merged(
     """What an operator returned, its rows cut to the longest image's."""
     tokens, lengths, kept, attention = outputs
     if budget is None:
-        longest = int(lengths.max()) if len(lengths) else int(config.supplement)
+        longest = int(lengths.max()) if len(lengths) else int(bool(config.supplement))
         tokens, kept = tokens[:, :longest], kept[:, :longest]
     return MergedTokens(tokens, lengths, kept, attention)
 

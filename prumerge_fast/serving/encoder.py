@@ -37,7 +37,8 @@ class PruMergeEncoder:
     Args:
         model_id: Folder or hub name of a checkpoint of transformers with safetensors, of any family
             that `patch` takes (vLLM takes embeddings for LLaVA and LLaVA-NeXT).
-        config: Options; `None` for the defaults, by which each image decides its number of rows.
+        config: Options; `None` for those that `patch(model)` starts from: each image decides its
+            number of rows, or, where the tower has no class token, a quarter of it is kept.
             Positions are the engine's to count: `positions` has to be `"compact"`.
         device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:INDEX".
         dtype: "auto" (the checkpoint's own), "float32", "bfloat16", "float16" or a `torch.dtype`.
@@ -68,18 +69,16 @@ class PruMergeEncoder:
         backend: str = "auto",
         revision: str | None = None,
     ) -> None:
-        if config is None:
-            config = PruMergeConfig()
-        elif not isinstance(config, PruMergeConfig):
+        if config is not None and not isinstance(config, PruMergeConfig):
             raise TypeError(
                 f"config: expected a PruMergeConfig or None, got {type(config).__name__}"
             )
-        if config.positions != "compact":
+        if config is not None and config.positions != "compact":
             raise ValueError(
                 f"positions: expected 'compact', got {config.positions!r}: an encoder gives rows "
                 "alone, whose positions the engine counts"
             )
-        self.config, self.backend = config, backend
+        self.backend = backend
         self.device = resolve_device(str(device), "device")
         chosen = _dtype(dtype)
         folder = Path(model_id).expanduser()
@@ -91,7 +90,8 @@ class PruMergeEncoder:
         check_sizes(settings, "vision_config")
         self._model = _without_language_model(model_class, settings)
         self._adapter.check(self._model)
-        config.budget(self._adapter.num_patches(self._model))  # raises when `keep` does not fit
+        self.config = self._adapter.default_config(self._model) if config is None else config
+        self.config.budget(self._adapter.num_patches(self._model))  # raises where it does not fit
         resolve_backend(backend, self.device)
         self._image_processor = _image_processor(source, revision)
         self.dtype = _load(self._model, source, revision, chosen or settings.dtype)

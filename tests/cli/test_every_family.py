@@ -19,14 +19,16 @@ from tiny_families import FAMILIES
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from prumerge_fast.cli import main
+from prumerge_fast.cli.pictures import Grid, look
 from prumerge_fast.harness.models import load
-from prumerge_fast.harness.prompts import prepare
+from prumerge_fast.harness.prompts import model_inputs, prepare
 from prumerge_fast.harness.videos import read_video, sampled
 from prumerge_fast.patching.patch import patched
 from prumerge_fast.reduction.config import PruMergeConfig
 from prumerge_fast.towers.encoder import EncoderTower
 
 NAMES = ["ViP-LLaVA", "LLaVA-NeXT", "Video-LLaVA", "LLaVA-NeXT-Video", "LLaVA-NeXT with SigLIP"]
+NAMES += ["LLaVA-OneVision"]
 OF_VIDEOS = [name for name in NAMES if "video" in FAMILIES[name].kinds]
 FRAMES = 3
 KEEP = 3
@@ -91,6 +93,23 @@ def model_of(saved: Saved) -> Any:
     return model_class.from_pretrained(saved.folder)
 
 
+_STRATEGY = "vision_feature_select_strategy"
+
+
+def of_video(name: str, frames: int) -> int:
+    """Placeholders of a video."""
+    side = side_of(name) // 6
+    if name == "LLaVA-OneVision":
+        return frames * ((side + 1) // 2) ** 2 + 1
+    return frames * (side * side // 4 if name == "LLaVA-NeXT-Video" else 1 + side * side)
+
+
+def kept_of_video(name: str, frames: int, keep: int) -> int:
+    """Tokens of a video of whose frames so many are kept, and supplements."""
+    each, newline = {"Video-LLaVA": (1, 0), "LLaVA-OneVision": (0, 1)}.get(name, (0, 0))
+    return frames * (each + keep + 1) + newline
+
+
 def by_hand(saved: Saved, path: Path, question: str) -> dict[str, Any]:
     """The inputs of one question, as transformers makes them; of a video without its processor."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(saved.folder)
@@ -103,20 +122,20 @@ def by_hand(saved: Saved, path: Path, question: str) -> dict[str, Any]:
             model = model_of(saved)
             packed, _ = model.model.pack_image_features(
                 [torch.zeros(len(pixels["pixel_values"][0]), count, 1)],
-                pixels["image_sizes"],
-                "default",
-                torch.zeros(1),
+                image_sizes=pixels["image_sizes"],
+                image_newline=torch.zeros(1),
+                **({} if saved.name == "LLaVA-OneVision" else {_STRATEGY: "default"}),
             )
             count = len(packed[0])
     else:
         frames = read_video(path, FRAMES)
         size = {"shortest_edge": side}, {"height": side, "width": side}
         clip = transformers.CLIPImageProcessor(size=size[0], crop_size=size[1])
+        if saved.name == "LLaVA-OneVision":  # frames are squeezed
+            clip = transformers.CLIPImageProcessor(size=size[1], do_center_crop=False)
         seen = clip([Image.fromarray(frame) for frame in frames], return_tensors="pt")
         pixels = {"pixel_values_videos": seen["pixel_values"][None]}
-        patches = (side // 6) ** 2
-        each = 1 + patches if saved.name == "Video-LLaVA" else patches // 4
-        token, count = "<video>", FRAMES * each
+        token, count = "<video>", of_video(saved.name, FRAMES)
     text = f"USER: {token * count}\n{question} ASSISTANT:"
     return {**tokenizer(text, return_tensors="pt"), **pixels}
 
@@ -162,7 +181,7 @@ def test_images(saved, pictures, capsys):
     result = compared(capsys, saved, "--images", pictures, "--prompt", "what ?", *options)
     side = side_of(saved.name) // 6
     placeholders = [side * side] * 2
-    if saved.name.startswith("LLaVA-NeXT"):
+    if FAMILIES[saved.name].cuts:
         # The overview; the grid of 2 x 2 crops and of 1 x 2, the image in it a third as high as it
         # is wide; a newline for each of its rows.
         wide = {5: 3, 6: 4}[side]  # rows
@@ -173,7 +192,7 @@ def test_images(saved, pictures, capsys):
     check(saved, result, placeholders)
     assert [Path(a["image"]).name for a in result["answers"]] == ["square.png", "wide.png"]
     tokens = result["results"]["PruMerge"]["visual_tokens"]
-    if saved.name.startswith("LLaVA-NeXT"):  # a newline behind each crop, none behind the overview
+    if FAMILIES[saved.name].cuts:  # a newline behind each crop, none behind the overview
         assert (tokens["max"], tokens["min"]) == (5 * (KEEP + 1) + 4, 3 * (KEEP + 1) + 2)
     else:
         assert tokens["mean"] == KEEP + 1
@@ -189,9 +208,8 @@ def test_videos(of_videos, pictures, films, tmp_path, capsys):
     assert [Path(a["image"]).name for a in result["answers"][1:]] == ["long.mp4", "short.avi"]
     assert result["settings"]["frames"] == FRAMES
     side = side_of(of_videos.name) // 6
-    is_next = of_videos.name == "LLaVA-NeXT-Video"
-    image = side * side + (2 * side * (2 * side + 1) if is_next else 0)
-    video = FRAMES * (side * side // 4 if is_next else 1 + side * side)
+    image = side * side + (2 * side * (2 * side + 1) if FAMILIES[of_videos.name].cuts else 0)
+    video = of_video(of_videos.name, FRAMES)
     kept = check(of_videos, result, [image, video, video])
     written = (tmp_path / "said-prumerge.jsonl").read_text().splitlines()
     assert [json.loads(line)["metadata"]["visual_tokens"] for line in written] == kept
@@ -200,9 +218,11 @@ def test_videos(of_videos, pictures, films, tmp_path, capsys):
 def test_share_of_a_frame_is_kept(of_videos, films, capsys):
     options = ("--keep", "0.32", "--variant", "prumerge+", "--frames", 2)
     result = compared(capsys, of_videos, "--videos", films, "--prompt", "what ?", *options)
-    frame = 1 + 3 if of_videos.name == "LLaVA-NeXT-Video" else 1 + 1 + 8
+    # Of 9, 9 and 25 patches.
+    keep = 3 if FAMILIES[of_videos.name].cuts else 8
+    video = kept_of_video(of_videos.name, 2, keep)
     tokens = result["results"]["PruMerge+"]["visual_tokens"]
-    assert tokens == {"mean": 2 * frame, "min": 2 * frame, "max": 2 * frame}
+    assert tokens == {"mean": video, "min": video, "max": video}
 
 
 def test_files_after_one_option(of_videos, pictures, films, capsys):
@@ -296,12 +316,11 @@ def test_prompts_of_videos(of_videos, films, pictures, tmp_path_factory):
     items = items_from_images([], asked, [films / "long.mp4"], FRAMES)
     items += items_from_images([pictures / "square.png"], ["this <video> is"])
     inputs = prepare(loaded, items)
-    side = side_of(of_videos.name) // 6
-    each = side * side // 4 if of_videos.name == "LLaVA-NeXT-Video" else 1 + side * side
+    count = of_video(of_videos.name, FRAMES)
     said = loaded.processor.tokenizer.batch_decode(inputs["input_ids"])
     said = [text.replace("<pad> ", "") for text in said]
-    assert said[0] == f"<s> USER : {'<video> ' * FRAMES * each}what ? ASSISTANT :"
-    assert said[1] == f"<s> this {'<video> ' * FRAMES * each}is"
+    assert said[0] == f"<s> USER : {'<video> ' * count}what ? ASSISTANT :"
+    assert said[1] == f"<s> this {'<video> ' * count}is"
     assert said[2].startswith("<s> this <image> <image>")
     assert "<video>" not in said[2]
 
@@ -446,12 +465,13 @@ def test_show_an_image(saved, pictures, tmp_path, capsys):
     has_class_token = FAMILIES[saved.name].class_token
     assert result["scores"] == ("class" if has_class_token else "received")
     side = side_of(saved.name) // 6
-    crops = saved.name.startswith("LLaVA-NeXT")
+    crops = FAMILIES[saved.name].cuts
     views = result["views"] if crops else [result]
     assert len(views) == (3 if crops else 1)
     for number, view in enumerate(views):
         attention = np.asarray(view["attention"])
-        if has_class_token:
+        scored_whole = saved.name == "LLaVA-OneVision" and number > 0  # padding has the rest
+        if has_class_token or scored_whole:
             assert 0 < attention.sum() < 1  # the class token has the rest
         else:
             assert attention.sum() == pytest.approx(1)
@@ -470,6 +490,56 @@ def test_show_an_image(saved, pictures, tmp_path, capsys):
         with patched(model, PruMergeConfig(keep=KEEP)), torch.no_grad():
             model(**inputs)
             assert model.prumerge.last_lengths == (result["visual_tokens"],)
+
+
+@torch.no_grad()
+def test_show_an_image_that_is_interpolated(tmp_path_factory, tmp_path, capsys):
+    """Cells of two patches or more a side are drawn over all of these, and are no other patches."""
+    name = "LLaVA-OneVision"
+    grids = FAMILIES[name].options["image_grid_pinpoints"]
+    saved = Saved(name, save(name, tmp_path_factory.mktemp("large") / "model", grids))
+    picture = tmp_path / "large.png"
+    noise = np.random.default_rng(0).integers(0, 256, (120, 100, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(picture)
+    out = tmp_path / "shown.png"
+    result = shown(capsys, saved, picture, out, "--keep", KEEP, "--supplement", "image")
+    assert result["grid"] == [4, 4]
+    assert sum(view["patches"] for view in result["views"][1:]) == 16 * 13
+    assert result["visual_tokens"] == 17 * KEEP + 16 + 1
+    for view in result["views"]:
+        attention = np.asarray(view["attention"])
+        assert (attention > 0).sum() == view["patches"]
+        assert (attention[view["kept"]] > 0).all()
+    loaded = load(saved.folder, dtype="auto", device="cpu")
+    seen = look(loaded, Image.open(picture), "large", {"a": PruMergeConfig()}, backend="auto")
+    for view in seen.views:
+        grid = Grid(view.image, view.cells, 60, view.joined)
+        drawn = sorted(member for patch in view.patches for member in grid.members(patch))
+        assert len(drawn) == len(set(drawn))  # each patch of the image once
+        inside = [i for i in range(25) if view.joined[i] >= 0]
+        assert drawn == [divmod(i, 5) for i in inside]
+        assert set(view.patches) <= set(inside)
+        for patch in view.patches:
+            left, top, right, bottom = grid.box(patch)
+            members = grid.members(patch)
+            assert (right - left) * (bottom - top) == len(members) * grid.cell**2
+            assert divmod(patch, 5) in members
+
+
+def test_several_images_of_a_prompt(tmp_path_factory, pictures):
+    """They are views that are not cut, as one of a prompt of its own is."""
+    saved = saved_once("LLaVA-OneVision", tmp_path_factory)
+    loaded = load(saved.folder, dtype="auto", device="cpu")
+    images = [Image.open(pictures / "square.png")] * 3
+    inputs = model_inputs(loaded, ["<image> <image> a", "b", "<image> c"], images)
+    assert inputs["batch_num_images"].tolist() == [2, 1]
+    assert (inputs["input_ids"] == 90).sum(1).tolist() == [2 * 26, 0, 25 + 10 * 11]
+    with patched(loaded.model, PruMergeConfig(keep=KEEP)):
+        loaded.model(**inputs)
+        assert loaded.model.prumerge.last_lengths == (KEEP + 2, KEEP + 2, 5 * (KEEP + 1) + 4)
+        inputs["batch_num_images"] = torch.tensor([1, 1])
+        with pytest.raises(ValueError, match=r"batch_num_images: .* 3 together.* got \[1, 1\]"):
+            loaded.model(**inputs)
 
 
 def test_what_is_not_given_follows_the_model(pictures, tmp_path, tmp_path_factory, capsys):
@@ -512,8 +582,7 @@ def test_show_a_video(of_videos, films, tmp_path, capsys):
         assert result["modality"] == "video"
         assert len(result["views"]) == frames
         assert all(len(view["kept"]) == 2 for view in result["views"])
-        each = 3 if of_videos.name == "LLaVA-NeXT-Video" else 4
-        assert result["visual_tokens"] == frames * each
+        assert result["visual_tokens"] == kept_of_video(of_videos.name, frames, 2)
         with Image.open(out) as sheet:
             sizes.append(sheet.width)
     assert 2 * 240 < sizes[0] < 3 * 240
@@ -600,7 +669,7 @@ def test_evaluate(saved, pictures, films, tmp_path, capsys, monkeypatch):
         assert batch["tokens"]["all tokens"][number] == placeholders
         for policy in ("random (4)", "evenly spaced (4)"):
             length = batch["tokens"][policy][number]
-            if saved.name.startswith("LLaVA-NeXT") and path.suffix == ".png":
+            if FAMILIES[saved.name].cuts and path.suffix == ".png":
                 crops = (5, 3)[number]  # and at most a newline a token
                 assert BUDGET * crops < length < 2 * BUDGET * crops, policy
             else:  # the same of each frame, with its class token where there is one

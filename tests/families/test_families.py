@@ -36,6 +36,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from prumerge_fast.demo import MODEL_DIR, PROMPT
 from prumerge_fast.demo.scenes import benchmark
+from prumerge_fast.errors import UnsupportedModelError
 from prumerge_fast.harness.quantisation import quantisation_config
 from prumerge_fast.patching.patch import patch, patched, unpatch
 from prumerge_fast.reduction.config import PruMergeConfig
@@ -54,6 +55,10 @@ CONFIGS = {
     "more, in original positions": PruMergeConfig(keep=1.0, positions="original"),
     "none, in original positions": PruMergeConfig(
         fence=1e6, supplement=False, positions="original", order="raster"
+    ),
+    "one supplement": PruMergeConfig(keep=3, supplement="image"),
+    "one supplement, rows": PruMergeConfig(
+        fence=2.5, supplement="image", order="raster", positions="original"
     ),
 }
 
@@ -314,10 +319,12 @@ def test_encoded_pictures(family: Family, plain: Any, model: Any) -> None:
     def encoded(by: Any) -> dict[str, Any]:
         if family.model_name == "VideoLlava":  # the outer model has no method for videos
             by = by.model
-        return {
-            kind: getattr(by, f"get_{kind}_features")(*pixels[kind].values(), return_dict=True)
-            for kind in family.kinds
-        }
+        found = {}
+        for kind in family.kinds:
+            (_, first), *others = pixels[kind].items()  # whose name depends on the version
+            method = getattr(by, f"get_{kind}_features")
+            found[kind] = method(first, **dict(others), return_dict=True)
+        return found
 
     of_plain = encoded(plain)
     expected = plain(**inputs).logits
@@ -478,7 +485,7 @@ SIZES = {"larger": (48, 36), "smaller": (12, 24), "the tower's": (30, 30)}
 @torch.no_grad()
 def test_interpolated_positions(family: Family, model: Any, kind: str, name: str) -> None:
     """N is that of the pixels: of the placeholders, of `keep` as a share, and at most of an int."""
-    if kind not in family.kinds or family.model_name.startswith("LlavaNext"):
+    if kind not in family.kinds or family.cuts:
         pytest.skip("not of this family")
     inputs, patches = resized(family, kind, *SIZES[name])
     option = {"interpolate_pos_encoding": True}
@@ -515,7 +522,7 @@ def test_interpolated_positions(family: Family, model: Any, kind: str, name: str
 @torch.no_grad()
 def test_interpolated_features(model: Any, family: Family) -> None:
     """The placeholders that they say they need are those of their pixels."""
-    if family.model_name.startswith("LlavaNext"):
+    if family.cuts:
         pytest.skip("not of this family")
     if not V5 and family.model_name != "Llava":
         pytest.skip("the plain method takes no such argument in transformers 4")
@@ -564,7 +571,7 @@ def test_other_sizes_without_interpolation(family: Family, model: Any, kind: str
         assert messages[0] == messages[1]
     else:  # PyTorch's, which names no argument
         assert messages[1].startswith("pixel_values: expected the size of this vision tower, 30*30")
-    if family.model_name.startswith("LlavaNext"):
+    if family.cuts:
         message = "interpolate_pos_encoding: expected crops and frames of 30 x 30 .* got 48 x 36"
         for call in (model, model.generate):
             with pytest.raises(ValueError, match=message):
@@ -743,14 +750,63 @@ def test_crops_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
         patch(family.model())(**{**inputs, **changes})
 
 
+@pytest.mark.parametrize("name", ["LLaVA-NeXT", "LLaVA-OneVision"])
 @torch.no_grad()
-def test_crops_in_a_row() -> None:
+def test_crops_in_a_row(name: str) -> None:
     """Crops of all images in one batch, without padding, as the model takes them too."""
-    family = FAMILIES["LLaVA-NeXT"]
+    family = FAMILIES[name]
     inputs, model = family.inputs(family.prompts()), patch(family.model())
     expected = model(**inputs).logits
-    crops = torch.cat([family.pixels("image", number) for number in range(4)])
+    images = family.pictures(family.prompts(), "image")
+    crops = torch.cat([family.pixels(*image) for image in images])
     assert torch.equal(model(**inputs | {"pixel_values": crops}).logits, expected)
+
+
+@pytest.mark.parametrize("order", ["attention", "raster"])
+@torch.no_grad()
+def test_images_that_are_not_cut_have_their_own_supplement(order: Any) -> None:
+    """`supplement="image"` is `True` for them."""
+    family = FAMILIES["LLaVA-OneVision"]
+    inputs, model = family.inputs([family.prompts()[2]]), family.model()
+    patch(model, keep=3, order=order)
+    expected = model(**inputs).logits
+    assert model.prumerge.last_lengths == (5, 5)
+    assert torch.equal(patch(model, supplement="image")(**inputs).logits, expected)
+
+
+def test_settings_of_onevision() -> None:
+    family = FAMILIES["LLaVA-OneVision"]
+    for ratio in ("pad", "anyres", "anyres_max_0", "anyres_max_"):
+        model = family.model(vision_aspect_ratio=ratio)
+        message = f"vision_aspect_ratio: expected 'anyres_max_' .* got '{ratio}'"
+        with pytest.raises(UnsupportedModelError, match=message):
+            patch(model)
+    model = patch(family.model())
+    inputs = family.inputs([family.prompts()[2]])
+    for several in ([1], [3], [1, 2]):
+        changed = {**inputs, "batch_num_images": torch.tensor(several)}
+        with pytest.raises(ValueError, match=r"batch_num_images: .* 2 together.*, got \["):
+            model(**changed)
+    with pytest.raises(ValueError, match=r"vision_aspect_ratio: .* got 'anyres'"):
+        model(**inputs, vision_aspect_ratio="anyres")
+
+
+@torch.no_grad()
+def test_another_aspect_ratio_for_a_call() -> None:
+    """By it an image is interpolated further, as the plain `get_image_features` does."""
+    family = FAMILIES["LLaVA-OneVision"]
+    plain, model = family.model(), patch(family.model(), **EVERYTHING)
+    arguments = family.arguments("image", [0, 3])
+    lengths = []
+    for ratio in ("anyres_max_9", "anyres_max_2"):
+        found = [
+            one.get_image_features(**arguments, vision_aspect_ratio=ratio)
+            for one in (plain.model, model.model)
+        ]
+        expected, actual = (one.pooler_output if V5 else one for one in found)
+        assert all(map(torch.equal, actual, expected))
+        lengths.append(len(actual[1]))
+    assert lengths[0] > lengths[1]
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from prumerge_fast.reduction.config import PruMergeConfig
         ("merge", "mean"),
         ("order", "random"),
         ("positions", "raster"),
+        ("supplement", "crop"),
         ("keep", 0),
         ("keep", -3),
         ("keep", 0.0),
@@ -91,6 +92,7 @@ def test_budget_and_capacity(keep, num_patches, budget):
     centres = num_patches if budget is None else budget
     assert config.capacity(num_patches) == centres + 1
     assert config.replace(supplement=False).capacity(num_patches) == centres
+    assert config.replace(supplement="image").capacity(num_patches) == centres + 1
 
 
 def test_keep_larger_than_the_image_names_both_numbers():

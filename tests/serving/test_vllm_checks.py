@@ -93,9 +93,11 @@ ODD = [(1, 100_000), (100_000, 1), (1, 1), (1, 1000), (47, 60), (60, 60), (90, 3
 
 
 @pytest.mark.parametrize("keep", [1, 24, PATCHES, 0.001, 0.3, 1.0])
-@pytest.mark.parametrize(("variant", "supplement"), [("prumerge", True), ("prumerge+", False)])
+@pytest.mark.parametrize(
+    ("variant", "supplement"), [("prumerge", True), ("prumerge+", False), ("prumerge", "image")]
+)
 def test_placeholders_of_llava_next_are_its_rows(
-    keep: float, variant: Any, supplement: bool
+    keep: float, variant: Any, supplement: Any
 ) -> None:
     """Of pictures of any shape; the encoder's room is for the one with most."""
     random = np.random.default_rng(0)

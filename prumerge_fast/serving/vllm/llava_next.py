@@ -32,11 +32,12 @@ class PruMergeLlavaNextInfo(PrunedInfo, LlavaNextInfo):
         layout = crop_layout(
             hf_config, crop_counts(hf_config, sizes), sizes, num_patches(hf_config)
         )
-        total = 0
+        total, one_of_image = 0, config.supplement == "image"
+        of_crop = config.replace(supplement=config.supplement and not one_of_image)
         for read, overview in zip(layout.is_read.sum(1).tolist(), layout.is_overview, strict=True):
             if read:  # of a crop that is not all padding; a newline ends each but the overview
-                total += within_budget(config, read).capacity(read) + int(not overview)
-        return total
+                total += within_budget(of_crop, read).capacity(read) + int(not overview)
+        return total + one_of_image
 
 
 def _info(ctx: Any) -> Any:
