@@ -513,7 +513,7 @@ def test_bad_inputs(
 
 
 @pytest.mark.parametrize(
-    "option", [{"vision_feature_layer": -1}, {"vision_feature_select_strategy": "full"}]
+    "option", [{"vision_feature_layer": 9}, {"vision_feature_select_strategy": "full"}]
 )
 def test_overrides_that_cannot_work(
     model: LlavaForConditionalGeneration, option: dict[str, Any]

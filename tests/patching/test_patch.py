@@ -171,8 +171,8 @@ def test_unknown_models(model: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"feature_layer": -1}, "no layer reads"),
-        ({"feature_layer": [-2, -1]}, "no layer reads"),
+        ({"feature_layer": 9}, "vision_feature_layer: expected one int from -5 to 4"),
+        ({"feature_layer": [-2, 9]}, r"vision_feature_layer\[1\]: expected one int"),
         ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy.*'default'"),
     ],
 )
