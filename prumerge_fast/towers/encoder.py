@@ -164,7 +164,7 @@ class EncoderTower(ABC):
                 query, keys = caught["q_proj"], caught["k_proj"]  # [B, R, C]
                 if self.class_token and not every_query:
                     query = query[:, 0]  # [B, C]
-            else:  # not called, or called by compiled code, which need not call hooks
+            else:  # not called, or called by what computes them again, or calls no hooks
                 norm, inside = self.norm(layers[at]), [layers[at], attention]
                 stack.enter_context(brought(inside))
                 parts = [norm, attention.q_proj, attention.k_proj]
@@ -217,9 +217,15 @@ def layer_index(layers: int, feature_layer: object, name: str) -> int:
 
 
 def _catching(attention: Any, name: str, caught: dict[str, Tensor]) -> Any:
-    """Notes what the projection of that name returns, for as long as it is entered."""
+    """Notes what the projection of that name returns, for as long as it is entered.
+
+    But not what comes without its gradient, where there is to be one: reentrant checkpointing runs
+    layers without, and again for it.
+    """
+    wants_gradient = torch.is_grad_enabled()
 
     def hook(_module: object, _args: object, output: Tensor) -> None:
-        caught[name] = output
+        if torch.is_grad_enabled() or not wants_gradient:
+            caught[name] = output
 
     return getattr(attention, name).register_forward_hook(hook)

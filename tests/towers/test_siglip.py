@@ -133,3 +133,24 @@ def test_towers_of_varying_resolution_are_refused() -> None:
     )
     with pytest.raises(UnsupportedModelError, match="Siglip2VisionModel, which is not known"):
         tower_kind(Siglip2VisionModel(config))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("feature_layer", [-1, -2])
+def test_checkpointing_changes_no_gradient(feature_layer: int, reentrant: bool) -> None:
+    """Reentrant, it runs layers without gradients first, and their products with them."""
+    gradients = []
+    for checkpointing in (False, True):
+        model = patch(llava(feature_layer)).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        pixels = PIXELS[:1].clone().requires_grad_()  # reentrant, it asks its inputs for that
+        ids = torch.tensor([prompt("image", [5, 6])])
+        model(input_ids=ids, pixel_values=pixels).logits.square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.model.vision_tower.named_parameters()})
+    torch.testing.assert_close(*gradients, atol=1e-3, rtol=1e-3)
+    attention = f"encoder.layers.{LAYERS - 1}.self_attn"
+    for path in (f"{attention}.q_proj.weight", f"{attention}.k_proj.weight"):
+        [found] = [grad for name, grad in gradients[1].items() if name.endswith(path)]
+        assert found is not None, path
+        assert found.abs().max() > 0
