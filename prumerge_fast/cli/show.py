@@ -61,11 +61,8 @@ def run(options: ShowOptions) -> None:
         InputError: Something given cannot be used.
         BackendUnavailableError: The backend was asked for by name and cannot run.
     """
-    output = options.output or Path(f"{_stem(options.image)}.png")
-    if output.suffix.lower() != ".png":
-        raise InputError(f"--output: expected a name that ends in .png, got {output}")
-    if output.exists() and output.resolve() == Path(options.image).resolve():
-        raise InputError(f"--output: expected another file than the image, got {output}")
+    if options.output is not None:
+        _check_output(options.output, options.image)
     modality = "video" if Path(options.image).suffix.lower() in _VIDEOS else "image"
     picture: Any = (
         read_video(Path(options.image), options.frames)
@@ -79,8 +76,7 @@ def run(options: ShowOptions) -> None:
         image_aspect_ratio=options.image_aspect_ratio,
     )
     config = config_of(loaded.model, options.chosen)
-    if options.output is None:
-        output = Path(f"{_stem(options.image)}-{config.variant}.png")
+    output = options.output or Path(f"{_stem(options.image)}-{config.variant}.png")
     check_modality(loaded, modality, options.image)
     backend = resolve_backend(options.backend, loaded.device).name
 
@@ -127,6 +123,14 @@ def run(options: ShowOptions) -> None:
         )
     else:
         print(f"{output}: {tokens} of {seen.all_tokens} visual tokens")
+
+
+def _check_output(output: Path, image: str) -> None:
+    """Raise `InputError` unless a drawing of the image can have that name."""
+    if output.suffix.lower() != ".png":
+        raise InputError(f"--output: expected a name that ends in .png, got {output}")
+    if output.exists() and output.resolve() == Path(image).resolve():
+        raise InputError(f"--output: expected another file than the image, got {output}")
 
 
 def _links(view: View, neighbours: int) -> dict[int, list[int]]:

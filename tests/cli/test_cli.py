@@ -465,6 +465,13 @@ def test_show_a_demo_scene(folder, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "demo-3-prumerge.png").is_file()
 
 
+def test_show_a_png_of_the_folder_it_draws_into(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 30), "navy").save("photo.png")
+    assert main(["show", "photo.png", "--model", str(folder)]) == 0, capsys.readouterr().err
+    assert (tmp_path / "photo-prumerge.png").is_file()
+
+
 def test_doctor(capsys):
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
