@@ -175,11 +175,12 @@ def outline(described: Described) -> Any:
     """The model, made without memory for its weights, and of a single layer behind the tower.
 
     Raises:
+        InputError: Its sizes do not fit together.
         UnsupportedModelError: PruMerge cannot work on this model of a supported family.
     """
     config = copy.deepcopy(described.config)
     config.get_text_config().num_hidden_layers = 1  # they take their time, and say nothing here
-    with torch.device("meta"):
+    with _refused(described.source), torch.device("meta"):
         llava = described.model_class(config)
     described.family.check(llava)
     return llava

@@ -486,6 +486,16 @@ def test_doctor(capsys):
     refusal(capsys, "doctor", "--unheard-of")
 
 
+def test_doctor_of_a_model_whose_sizes_do_not_fit(folder, tmp_path, capsys):
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    config = json.loads((broken / "config.json").read_text())
+    config["vision_config"]["num_attention_heads"] = 5
+    (broken / "config.json").write_text(json.dumps(config))
+    message = refusal(capsys, "doctor", "--model", broken)
+    assert "--model: expected a folder or a hub name of a LLaVA" in message
+    assert "heads" in message
+
+
 def test_help_imports_neither_torch_nor_transformers():
     program = (
         "import sys; from prumerge_fast.cli import main; code = main(['compare', '--help']);"
