@@ -8,7 +8,8 @@ in, ids, lengths, streamers, logits processors, stopping criteria, counts the pr
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -55,6 +56,16 @@ _UNSUPPORTED = {
 
 # Whether `generate`, in this thread, decodes behind positions with gaps.
 _HAS_GAPS = ContextVar("prumerge_fast_has_gaps", default=False)
+
+
+@contextmanager
+def _decoding(*, with_gaps: bool) -> Iterator[None]:
+    """Notes which it is, within a call that may be of a processor of another `generate`'s too."""
+    token = _HAS_GAPS.set(with_gaps)
+    try:
+        yield
+    finally:
+        _HAS_GAPS.reset(token)
 
 
 class CallersPrompt:
@@ -134,7 +145,8 @@ def generate(
     prompt = arguments.get("input_ids", arguments.get("inputs"))
     check_no_placeholders(model, adapter, prompt, images)
     if not adapter.has_images(images):
-        return original(**arguments)
+        with _decoding(with_gaps=False):
+            return original(**arguments)
     check_cache_is_empty(cache)
     options = _resolved_options(model, original, arguments)
     _check_options(model, options, arguments)
@@ -215,11 +227,10 @@ def _generate_behind(
         arguments["streamer"] = _RestoredStreamer(arguments["streamer"], prompt)
     cache = cache_of(arguments)
     forget_layout(cache)  # until `generate` is through: it counts what the cache holds
-    has_gaps = _HAS_GAPS.set(layout.stands is not None)
     try:
-        result = original(**arguments)
+        with _decoding(with_gaps=layout.stands is not None):
+            result = original(**arguments)
     finally:  # a call that failed may have left the shrunk prompt in the cache
-        _HAS_GAPS.reset(has_gaps)
         if cache is not None:
             remember_layout(cache, layout)
     if isinstance(result, Tensor):

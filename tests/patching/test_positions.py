@@ -437,6 +437,22 @@ def test_text_alone_is_left_to_transformers(llava: Family) -> None:
     assert torch.equal(model.generate(**given), plain.generate(**given))
 
 
+def test_text_alone_within_a_call_with_pictures(llava: Family) -> None:
+    """As of a logits processor that asks the model something else."""
+    model, inputs = patched_copy(llava, CONFIGS["attention"]), llava.inputs(llava.prompts()[:1])
+    text = {"input_ids": torch.tensor([[BOS, 5, 6, 7]]), "max_new_tokens": 3, "do_sample": False}
+    options = {**inputs, "max_new_tokens": 3, "do_sample": False}
+    alone, expected, answers = model.generate(**text), model.generate(**options), []
+
+    def ask(_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        answers.append(model.generate(**text))
+        return scores
+
+    assert torch.equal(model.generate(**options, logits_processor=[ask]), expected)
+    assert len(answers) == 3
+    assert all(torch.equal(answer, alone) for answer in answers)
+
+
 @pytest.mark.parametrize("patched_first", [False, True])
 def test_generate_through_peft(llava: Family, patched_first: bool) -> None:
     """Whose wrapper of causal language models prepares inputs by itself."""
