@@ -115,3 +115,18 @@ def test_sharded_language_models(first: str) -> None:
     for projection in (attention.q_proj, attention.k_proj):  # which gather themselves
         fully_shard(projection)
     torch.testing.assert_close(model(**INPUTS).logits, expected.logits)
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("feature_layer", [-1, -2])
+def test_towers_that_are_sharded_inside(feature_layer: int) -> None:
+    """FSDP's first form around the layers, which gathers where it is called itself."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = patch(tiny_llava(feature_layer=feature_layer))
+    transformer = vision_transformer(model.model.vision_tower)
+    transformer.encoder = FullyShardedDataParallel(
+        transformer.encoder, device_id=torch.device("cpu")
+    )
+    with pytest.raises(UnsupportedModelError, match="vision tower: expected layer 3 whole, got it"):
+        model(**INPUTS)

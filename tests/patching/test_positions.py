@@ -276,6 +276,18 @@ def test_packed_rows(llava: Family, attention: str, rows: int) -> None:
         assert torch.equal(everything(**given).logits, plain(**given).logits)
 
 
+def test_packed_rows_in_training(llava: Family) -> None:
+    """Checkpointing turns the cache off, and with it on, sequences would not be told apart."""
+    model = patched_copy(llava, CONFIGS["attention"]).train()
+    prompts = llava.prompts()[:3]
+    inputs = llava.inputs([[part for parts in prompts for part in parts]])
+    del inputs["attention_mask"]
+    places = torch.cat([torch.arange(len(llava.ids(parts))) for parts in prompts])[None]
+    expected = model(**inputs, position_ids=places, use_cache=False).logits
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    close(model(**inputs, position_ids=places).logits, expected)
+
+
 def test_packed_rows_and_a_window(llava: Family) -> None:
     model = patched_copy(llava, CONFIGS["attention"])
     model.model.language_model.config.sliding_window = 8
