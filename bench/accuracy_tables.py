@@ -21,7 +21,7 @@ def curve(run: dict[str, Any]) -> str:
         cells = [_share(policies[f"{method} ({b})"]["accuracy"]["overall"]) for b in budgets]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     lines.append("")
-    for name in ("all tokens", *(f"{ours}, adaptive" for ours in OURS)):
+    for name in (name for name, row in policies.items() if row["budget"] is None):
         row = policies[name]
         lines.append(
             f"- {name}: {_share(row['accuracy']['overall'])}, {row['visual_tokens']:.1f} tokens "

@@ -96,6 +96,13 @@ STEPS = (
     ),
     Step("demo-accuracy", ("prumerge-fast evaluate --output {output}",)),
     Step(
+        "demo-scores",
+        (
+            "prumerge-fast evaluate --policies scores --tokens 16 --tokens 32 --tokens 64 "
+            "--tokens 128 --output {output}",
+        ),
+    ),
+    Step(
         "demo-finetune",
         ("python -m prumerge_fast.demo.finetune --output {output}",),
         made="result.json",

@@ -199,6 +199,8 @@ TABLES = {
     "throughput": _serving(serving_tables.throughput),
     "encoder_memory": _serving(serving_tables.memory),
     "paired": _from_run("demo-accuracy.json", accuracy_tables.paired),
+    "scores": _from_run("demo-scores.json", accuracy_tables.curve),
+    "scores_paired": _from_run("demo-scores.json", accuracy_tables.paired),
 }
 
 
