@@ -22,7 +22,7 @@ _ORIGINAL_TOWER = Family("its vision tower", "prumerge_fast.families.original_to
 
 FAMILIES = {
     "LlavaForConditionalGeneration": Family(
-        "LLaVA in transformers", "prumerge_fast.families.llava"
+        "LLaVA in transformers", "prumerge_fast.families.pixtral"
     ),
     "LlavaNextForConditionalGeneration": Family(
         "LLaVA-NeXT in transformers", "prumerge_fast.families.llava_next"

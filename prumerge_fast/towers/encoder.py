@@ -37,9 +37,17 @@ class EncoderTower(ABC):
     class_token: ClassVar[bool]
     """Whether row 0 of the features is one."""
 
+    takes_sizes: ClassVar[bool] = False
+    """Whether images have sizes of their own, as an option of its `forward`."""
+
+    rotary: ClassVar[bool] = False
+    """Whether layers turn queries and keys by positions that they are given."""
+
     @abstractmethod
-    def embed(self, transformer: Any, pixel_values: Tensor, options: dict[str, Any]) -> Tensor:
-        """What the first layer reads, [B, R, C]."""
+    def embed(
+        self, transformer: Any, pixel_values: Tensor, options: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """What the first layer reads, [B, R, C], and what all layers are given beside it."""
 
     def first(self, tower: Any) -> nn.Module:
         """The module that is called before all others."""
@@ -60,14 +68,18 @@ class EncoderTower(ABC):
         """The module with `q_proj` and `k_proj`."""
         return layer.self_attn
 
-    def run(self, layer: Any, state: Tensor, options: dict[str, Any]) -> Tensor:
-        """A layer, [B, R, C] to [B, R, C]."""
-        return run_encoder_layer(layer, state)
-
     def reading(
-        self, attention: Any, query: Tensor, keys: Tensor, hidden: Tensor, options: dict[str, Any]
+        self, attention: Any, query: Tensor, keys: Tensor, hidden: Tensor, beside: dict[str, Any]
     ) -> Reading:
-        """From a layer's projections as they are, query [B, C] or [B, R, C], keys [B, R, C]."""
+        """What a layer's projections, as they are, say of the images.
+
+        Args:
+            attention: The layer's.
+            query: [B, C] or [B, R, C].
+            keys: [B, R, C].
+            hidden: [B, R, D], the features.
+            beside: What all layers are given; nothing unless the tower is `rotary`.
+        """
         return Reading(query, keys, hidden, attention.num_heads, self.class_token)
 
     def transformer(self, tower: Any) -> Any:
@@ -148,7 +160,7 @@ class EncoderTower(ABC):
         at = min(deepest, len(layers) - 1)  # the layer that reads them, or else the last
         attention = self.attention(layers[at])
         around = [tower, transformer, self.encoder(transformer)]
-        states = None
+        states, beside = None, dict[str, Any]()
         caught: dict[str, Tensor] = {}
         with ExitStack() as stack:
             if at < deepest and not torch.compiler.is_compiling():
@@ -158,7 +170,10 @@ class EncoderTower(ABC):
                 states = tower(pixel_values, output_hidden_states=True, **options).hidden_states
             stack.enter_context(brought(around))
             if states is None:
-                states = self._states(transformer, pixel_values, {*indices, at}, options)
+                state, beside = self.embed(transformer, pixel_values, options)
+                states = self._states(transformer, state, beside, {*indices, at})
+            elif self.rotary:
+                _, beside = self.embed(transformer, pixel_values, options)
             if caught:
                 check_whole(around, [], f"layer {at}")
                 query, keys = caught["q_proj"], caught["k_proj"]  # [B, R, C]
@@ -175,16 +190,15 @@ class EncoderTower(ABC):
                 query = attention.q_proj(asking)  # [B, C] or [B, R, C]
         hidden = torch.cat([states[index] for index in indices], dim=-1)  # [B, R, S * C]
         # Under autocast, projections come out in half precision and the residual stream does not.
-        return self.reading(attention, query.to(hidden), keys.to(hidden), hidden, options)
+        return self.reading(attention, query.to(hidden), keys.to(hidden), hidden, beside)
 
     def _states(
-        self, transformer: Any, pixel_values: Tensor, indices: set[int], options: dict[str, Any]
+        self, transformer: Any, state: Tensor, beside: dict[str, Any], indices: set[int]
     ) -> dict[int, Tensor]:
         """Those of the tower's `hidden_states`, each [B, R, C], by index; nothing beyond is run."""
-        state = self.embed(transformer, pixel_values, options)
         states = {0: state}
         for index, layer in enumerate(self.layers(transformer)[: max(indices)], start=1):
-            state = self.run(layer, state, options)
+            state = run_encoder_layer(layer, state, **beside)
             if index in indices:
                 states[index] = state
         return states
