@@ -267,9 +267,7 @@ def _encoded(images: Mapping[str, Any], modality: str) -> ImageTokens | None:
         )
     columns = getattr(output, "columns", None)
     columns = None if columns is None else columns.tolist()
-    return ImageTokens(
-        torch.cat(features), lengths, placeholders.tolist(), places.cpu(), columns
-    )
+    return ImageTokens(torch.cat(features), lengths, placeholders.tolist(), places.cpu(), columns)
 
 
 def _places(merged: MergedTokens, placeholders: int, frames: int) -> Tensor:

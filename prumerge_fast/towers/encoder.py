@@ -160,7 +160,8 @@ class EncoderTower(ABC):
         at = min(deepest, len(layers) - 1)  # the layer that reads them, or else the last
         attention = self.attention(layers[at])
         around = [tower, transformer, self.encoder(transformer)]
-        states, beside = None, dict[str, Any]()
+        states = None
+        beside: dict[str, Any] = {}
         caught: dict[str, Tensor] = {}
         with ExitStack() as stack:
             if at < deepest and not torch.compiler.is_compiling():

@@ -79,6 +79,11 @@ def model(plain: Any) -> Any:
     return copy.deepcopy(plain)
 
 
+def in_dtype(inputs: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """With pixels of that dtype, as not all towers take those of another."""
+    return {name: v.to(dtype) if v.is_floating_point() else v for name, v in inputs.items()}
+
+
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, atol=5e-4, rtol=1e-4)  # logits up to 10
 
@@ -91,10 +96,7 @@ def test_keeping_everything_changes_nothing(
     family: Family, model: Any, side: str, dtype: torch.dtype, positions: str
 ) -> None:
     model.to(dtype)
-    inputs = {  # not all towers take pixels of another dtype
-        name: value.to(dtype) if value.is_floating_point() else value
-        for name, value in family.inputs(family.prompts(), side).items()
-    }
+    inputs = in_dtype(family.inputs(family.prompts(), side), dtype)
     labels = labels_of(inputs["input_ids"])
     expected = model(**inputs, labels=labels)
     actual = patch(model, **EVERYTHING, positions=positions)(**inputs, labels=labels)
@@ -401,6 +403,7 @@ def test_four_bits(family: Family, tmp_path: Any) -> None:
     }
     assert len(in_four_bits) == 2 * 7  # the projections of the language model's layers
     assert all("language_model" in name for name in in_four_bits)
+    inputs = in_dtype(inputs, family.tower(quantised, "image").dtype)
     expected = quantised(**inputs).logits
     assert (expected - exact).abs().max() > 1e-2
     # The kernel's blocks depend on the number of rows, which rounds sums in another order.
