@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
+    InternVLVisionConfig,
     LlavaNextImageProcessor,
     LlavaOnevisionImageProcessor,
     PixtralImageProcessor,
@@ -794,6 +795,76 @@ class LlavaPixtral(Family):
         return stands
 
 
+class InternVL(Family):
+    """Tiles of 6 x 6 patches, joined by fours; the scores are those of families without a class
+    token, which the model has."""
+
+    model_name = "InternVL"
+    vision = InternVLVisionConfig
+    default = WITHOUT_CLASS_TOKEN
+    layers = (-1,)
+    options: ClassVar[dict[str, Any]] = {"image_size": 36}
+    interpolates = False
+    takes_any_size = True
+    side = 6
+
+    def model(self, **changes: Any) -> Any:
+        model = super().model(**changes)
+        embeddings = model.model.vision_tower.embeddings  # zeros, by which patches are the same
+        with torch.no_grad():
+            for parameter in (embeddings.cls_token, embeddings.position_embeddings):
+                parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter).sin())
+                parameter.mul_(torch.arange(1, parameter.shape[1] + 1)[:, None] / 10)
+        return model
+
+    def placeholders(self, kind: str, number: int) -> int:
+        return 9
+
+    def pixels(self, kind: str, number: int) -> Tensor:
+        generator = torch.Generator().manual_seed(number)
+        return torch.randn(3, 36, 36, generator=generator)
+
+    def processor(self, **size: Any) -> Any:
+        return CLIPImageProcessor(size={"shortest_edge": 36}, crop_size={"height": 36, "width": 36})
+
+    def features(self, oracle: FamilyOracle, kind: str, number: int) -> Tensor:
+        tower = self.tower(oracle.model, kind)
+        state = tower.embeddings(self.pixels(kind, number)[None])
+        state = state[0] if isinstance(state, tuple) else state
+        for layer in tower.encoder.layer[:-1]:
+            state = layer(state)
+        layer = tower.encoder.layer[-1]
+        normed, own = layer.layernorm_before(state), layer.attention
+        query, keys = own.q_norm(own.q_proj(normed)), own.k_norm(own.k_proj(normed))
+        config = oracle.config
+        if config.scores == "auto":
+            config = config.replace(scores="received")
+        attention = scores_by_hand(query, keys, config)[0]  # [N]
+        patches, keys = tower.layernorm(layer(state))[0, 1:], keys[0, 1:]
+        groups = [
+            [y * self.side + x for y in (row, row + 1) for x in (column, column + 1)]
+            for row in range(0, self.side, 2)
+            for column in range(0, self.side, 2)
+        ]
+        joined = torch.stack([torch.cat([patches[index] for index in group]) for group in groups])
+        means = [torch.stack([one[group].mean(0) for group in groups]) for one in (attention, keys)]
+        projected = oracle.model.model.multi_modal_projector(joined)
+        return oracle.merge(means[0][None], means[1][None], projected[None])
+
+    def places(self, oracle: FamilyOracle, kind: str, number: int) -> list[int]:
+        self.features(oracle, kind, number)
+        return [index if index >= 0 else 8 for index in oracle.kept]
+
+
+class InternVLNormed(InternVL):
+    """As the largest InternVLs: queries and keys are normalised, features are those of tokens."""
+
+    options: ClassVar[dict[str, Any]] = {
+        "image_size": 36,
+        "vision_options": {"use_qk_norm": True, "norm_type": "rms_norm", "use_mean_pooling": False},
+    }
+
+
 FAMILIES: dict[str, Family] = {
     "LLaVA": Llava(),
     "LLaVA of several layers": LlavaLayers(),
@@ -805,4 +876,6 @@ FAMILIES: dict[str, Family] = {
     "LLaVA-NeXT with SigLIP": LlavaNextSiglip(),
     "LLaVA-OneVision": LlavaOnevision(),
     "LLaVA with Pixtral": LlavaPixtral(),
+    "InternVL": InternVL(),
+    "InternVL with normed keys": InternVLNormed(),
 }

@@ -39,6 +39,9 @@ FAMILIES = {
     "VipLlavaForConditionalGeneration": Family(
         "ViP-LLaVA in transformers", "prumerge_fast.families.vipllava"
     ),
+    "InternVLForConditionalGeneration": Family(
+        "InternVL in transformers", "prumerge_fast.families.internvl"
+    ),
     "LlavaLlamaForCausalLM": _ORIGINAL,
     "LlavaMistralForCausalLM": _ORIGINAL,
     "LlavaMptForCausalLM": _ORIGINAL,

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from prumerge_fast.families.base import ImageTokens, Views, inner_model
+from prumerge_fast.families.base import ImageTokens, Views
 from prumerge_fast.families.llava import LlavaAdapter, stacked
 from prumerge_fast.reduction.config import PruMergeConfig
 from prumerge_fast.reduction.padding import reduce_unpadded
@@ -59,7 +59,7 @@ class LlavaOrPixtralAdapter(LlavaAdapter):
         first = (grids[:, 0].cumsum(0) - grids[:, 0])[each]  # rows are counted through all images
         order = (first + places // columns).argsort(stable=True)  # [R]
         features = torch.cat(tokens)  # [R, C]
-        features = inner_model(model).multi_modal_projector(features[order.to(features.device)])
+        features = self.projected(model, features[order.to(features.device)])  # [R, D]
         return ImageTokens(
             features, lengths, grids.prod(1).tolist(), places[order], grids[:, 1].tolist()
         )

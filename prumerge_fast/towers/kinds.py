@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from prumerge_fast.errors import UnsupportedModelError
-from prumerge_fast.towers import clip, pixtral, siglip
+from prumerge_fast.towers import clip, internvit, pixtral, siglip
 from prumerge_fast.towers.encoder import EncoderTower
 from prumerge_fast.towers.wrappers import (
     PARALLEL_WRAPPERS,
@@ -15,7 +15,7 @@ from prumerge_fast.towers.wrappers import (
 )
 
 _KINDS: dict[str, EncoderTower] = {
-    tower.class_name: tower for tower in (clip.TOWER, siglip.TOWER, pixtral.TOWER)
+    tower.class_name: tower for tower in (clip.TOWER, siglip.TOWER, pixtral.TOWER, internvit.TOWER)
 }
 
 

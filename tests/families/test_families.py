@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -382,7 +383,8 @@ def test_lora(family: Family, model: Any) -> None:
     assert all("lora" in name for name in moved)
     towers = [f"{kind}_tower" for kind in family.kinds]
     for part in ("language_model", *(towers if family.model_name == "VideoLlava" else ["_tower"])):
-        assert any(part in name and "layers.0." in name for name in moved), part
+        first = re.compile(rf"{part}.*layers?\.0\.")
+        assert any(map(first.search, moved)), part
 
 
 @torch.no_grad()
@@ -642,7 +644,7 @@ def test_pixels_of_the_wrong_size(family: Family, model: Any, kind: str) -> None
     inputs = family.inputs([parts for parts in family.prompts() if family.pictures([parts], kind)])
     name = next(iter(family.arguments(kind, [0])))
     patch(model)
-    with pytest.raises(ValueError, match="size"):
+    with pytest.raises((ValueError, RuntimeError), match="size"):  # InternVL's own of a shape
         model(**inputs | {name: inputs[name][..., 1:]})
     for pixels in (inputs[name][0, ..., 0], inputs[name][0]):
         with pytest.raises(ValueError, match=r"pixel_values|image_sizes|do not match"):
@@ -699,6 +701,8 @@ def test_overrides_that_cannot_work(family: Family, model: Any, name: str) -> No
 
 @torch.no_grad()
 def test_other_layers_for_a_call(family: Family, model: Any) -> None:
+    if family.model_name == "InternVL" and not V5:
+        pytest.skip("the plain model reads the last layer only")
     inputs = family.inputs(family.prompts())
     layers = [layer - 1 for layer in family.layers] if len(family.layers) > 1 else -3
     if len(family.layers) > 1:
@@ -733,11 +737,13 @@ PICTURES = {  # height and width; what LLaVA-NeXT has of the grid, newlines incl
 def test_pictures_of_extreme_shape(family: Family, model: Any, name: str) -> None:
     height, width, grid = PICTURES[name]
     noise = torch.randint(256, (height, width, 3), generator=torch.Generator().manual_seed(0))
-    if family.takes_any_size and height != width:
+    if family.model_name != "InternVL" and family.takes_any_size and height != width:
         pytest.skip("the processor refuses it")
     pictures = family.processed(Image.fromarray(noise.to(torch.uint8).numpy()))
     placeholders = PATCHES + (grid if "image_sizes" in pictures else 0)
-    if family.takes_any_size:
+    if family.model_name == "InternVL":
+        placeholders = family.placeholders("image", 0)
+    elif family.takes_any_size:
         placeholders = int((pictures["image_sizes"] // 6).prod())
     inputs = {"input_ids": torch.tensor([[BOS, *[IMAGE] * placeholders, 5, 6]]), **pictures}
     expected = model(**inputs).logits
