@@ -16,15 +16,15 @@ def vision_transformer(tower: Any) -> Any:
 
 
 def run_encoder_layer(layer: Any, hidden: Tensor, **arguments: Any) -> Tensor:
-    """A vision tower's layer without any mask, [B, R, C] to [B, R, C]; 4.x returns a tuple."""
-    output = layer(hidden, attention_mask=None, **arguments)
+    """A vision tower's layer, [B, R, C] to [B, R, C]; 4.x returns a tuple."""
+    output = layer(hidden, **arguments)
     return output[0] if isinstance(output, tuple) else output
 
 
 def clip_layer_masks() -> dict[str, None]:
-    """The masks that CLIP's layers ask for beside `attention_mask`: one, in 4.x."""
+    """The masks that CLIP's layers ask for, of which there are none: one more in 4.x."""
     # Not asked of their signature, which wrappers hide.
-    return {"causal_attention_mask": None} if is_4() else {}
+    return {"attention_mask": None} | ({"causal_attention_mask": None} if is_4() else {})
 
 
 def configured_feature_layer(config: Any) -> Any:

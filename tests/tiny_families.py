@@ -5,6 +5,7 @@ Oracles are written in loops, from the unpatched model's own modules, without th
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from fractions import Fraction
@@ -20,7 +21,6 @@ from tiny_models import (
     VIDEO,
     Oracle,
     batch,
-    rows_of,
     tiny_model,
     tower_outputs,
 )
@@ -28,8 +28,11 @@ from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
+    InternVLVisionConfig,
     LlavaNextImageProcessor,
     LlavaOnevisionImageProcessor,
+    PixtralImageProcessor,
+    PixtralVisionConfig,
     SiglipImageProcessor,
     SiglipVisionConfig,
 )
@@ -67,6 +70,7 @@ class Family:
     class_token = True
     default = PruMergeConfig()
     """What `patch(model)` is."""
+    takes_any_size = False
 
     def model(self, **changes: Any) -> Any:
         model_class = getattr(transformers, f"{self.model_name}ForConditionalGeneration")
@@ -112,6 +116,19 @@ class Family:
         oracle.prune(self.tower(oracle.model, kind), self.pixels(kind, number))
         return [index if index >= 0 else PATCHES - 1 for index in oracle.kept]
 
+    def picture(self, kind: str, number: int) -> list[int]:
+        """What stands for an image or a video in the caller's prompt."""
+        return [IMAGE if kind == "image" else VIDEO] * self.placeholders(kind, number)
+
+    def laid(self, oracle: FamilyOracle, kind: str, number: int) -> tuple[Tensor, list[int]]:
+        """What of it the language model reads, [n, D], and the column of `picture` of each."""
+        tokens, last = self.features(oracle, kind, number), self.placeholders(kind, number) - 1
+        return tokens, [min(place, last) for place in range(len(tokens))]
+
+    def stands(self, oracle: FamilyOracle, kind: str, number: int) -> list[int]:
+        """The column of `picture` that each of them stands for."""
+        return self.places(oracle, kind, number)
+
     def tower(self, model: Any, kind: str) -> Any:
         return model.model.vision_tower
 
@@ -136,7 +153,7 @@ class Family:
             if isinstance(part, list):
                 ids += part
             else:
-                ids += [IMAGE if part[0] == "image" else VIDEO] * self.placeholders(*part)
+                ids += self.picture(*part)
         return ids
 
     def inputs(self, prompts: list[list[Part]], side: str = "left") -> dict[str, Tensor]:
@@ -206,11 +223,15 @@ class FamilyOracle(Oracle):
         return self.family.features(self, *part)
 
     @torch.no_grad()
+    def laid(self, part: Part) -> tuple[Tensor, list[int]]:
+        return self.family.laid(self, *part)
+
+    @torch.no_grad()
     def embeds(self, parts: list[Part], _pixels: None = None) -> Tensor:
         """[1, S, D]"""
         table = self.model.get_input_embeddings()
         pieces = [
-            table(torch.tensor(part)) if isinstance(part, list) else self.tokens(part)
+            table(torch.tensor(part)) if isinstance(part, list) else self.laid(part)[0]
             for part in parts
         ]
         return torch.cat(pieces)[None]
@@ -221,9 +242,9 @@ class FamilyOracle(Oracle):
         start = 0
         for part in parts:
             is_text = isinstance(part, list)
-            places = range(len(part)) if is_text else self.family.places(self, *part)
+            places = range(len(part)) if is_text else self.family.stands(self, *part)
             columns += [start + place for place in places]
-            start += len(part) if is_text else self.family.placeholders(*part)
+            start += len(part) if is_text else len(self.family.picture(*part))
         return columns
 
     def placed(self, parts: list[Part], length: int) -> dict[str, Tensor]:
@@ -239,18 +260,26 @@ class FamilyOracle(Oracle):
 
     def rows(self, parts: list[Part], _pixels: None = None) -> list[int]:
         """Which row of `logits` each of the caller's columns shows, by hand."""
-        pictures = [part for part in parts if not isinstance(part, list)]
-        return rows_of(
-            [token not in (IMAGE, VIDEO) for token in self.family.ids(parts)],
-            [self.family.placeholders(*part) for part in pictures],
-            [len(self.tokens(part)) for part in pictures],
-        )
+        rows: list[int] = []
+        before = 0  # positions of the shrunk prompt
+        for part in parts:
+            is_text = isinstance(part, list)
+            columns = range(len(part)) if is_text else self.laid(part)[1]
+            for column in range(len(part if is_text else self.family.picture(*part))):
+                rows.append(before + sum(each <= column for each in columns) - 1)
+            before += len(columns)
+        return rows
 
     def labels(self, parts: list[Part]) -> list[int]:
         """Of the text but the first token."""
         labels: list[int] = []
         for part in parts:
-            labels += part if isinstance(part, list) else [-100] * len(self.tokens(part))
+            if isinstance(part, list):
+                labels += part
+                continue
+            picture = self.family.picture(*part)
+            of_part = [picture[column] for column in self.laid(part)[1]]
+            labels += [-100 if label in (IMAGE, VIDEO) else label for label in of_part]
         return [-100, *labels[1:]]
 
 
@@ -651,6 +680,191 @@ class LlavaOnevision(LlavaNext):
         ]
 
 
+class LlavaPixtral(Family):
+    """Images of their own sizes, their rows ended by text."""
+
+    model_name = "Llava"
+    vision = PixtralVisionConfig
+    class_token = False
+    default = WITHOUT_CLASS_TOKEN
+    layers = (-1,)
+    options: ClassVar[dict[str, Any]] = {
+        "vision_feature_select_strategy": "full",
+        "vision_feature_layer": -1,
+        "image_size": 48,
+    }
+    takes_any_size = True
+    grids = ((5, 4), (3, 6), (8, 1), (4, 5))  # rows and columns of patches
+    row_break, image_end = 86, 87
+
+    def processor(self, **size: Any) -> Any:
+        return PixtralImageProcessor(size={"longest_edge": 48}, patch_size=6)
+
+    def placeholders(self, kind: str, number: int) -> int:
+        rows, columns = self.grids[number]
+        return rows * columns
+
+    def picture(self, kind: str, number: int) -> list[int]:
+        rows, columns = self.grids[number]
+        ids = []
+        for row in range(rows):
+            ids += [IMAGE] * columns
+            ids.append(self.image_end if row == rows - 1 else self.row_break)
+        return ids
+
+    def pixels(self, kind: str, number: int) -> Tensor:
+        generator = torch.Generator().manual_seed(number)
+        rows, columns = self.grids[number]
+        return torch.randn(3, 6 * rows, 6 * columns, generator=generator)
+
+    def arguments(self, kind: str, numbers: list[int]) -> dict[str, Tensor]:
+        images = [self.pixels(kind, number) for number in numbers]
+        sizes = torch.tensor([image.shape[1:] for image in images])
+        padded = torch.full((len(images), 3, *sizes.amax(0).tolist()), 9.0)
+        for row, image in zip(padded, images, strict=True):
+            row[:, : image.shape[1], : image.shape[2]] = image
+        return {"pixel_values": padded, "image_sizes": sizes}
+
+    def in_rows(self, oracle: FamilyOracle, number: int) -> tuple[Tensor, list[list[int]]]:
+        """Projected tokens [m, D] row by row, and the column in its row of each, by rows."""
+        rows, columns = self.grids[number]
+        tower, pixels = self.tower(oracle.model, "image"), self.pixels("image", number)
+        states = tower(pixels[None], output_hidden_states=True).hidden_states
+        layer = tower.transformer.layers[-1]
+        read = layer.attention_norm(states[-2])
+        query, keys = layer.attention.q_proj(read), layer.attention.k_proj(read)
+        turned = [self.turned(one[0], columns)[None] for one in (query, keys)]
+        attention = scores_by_hand(*turned, oracle.config, class_token=False)
+        tokens = oracle.merge(attention, keys, states[-1])
+        found: list[list[tuple[int, Tensor]]] = [[] for _ in range(rows)]
+        for kept, token in zip(oracle.kept, tokens, strict=True):
+            row, column = divmod(kept, columns) if kept >= 0 else (rows - 1, columns - 1)
+            found[row].append((column, token))
+        ordered = [token for row in found for _, token in row]
+        projected = oracle.model.model.multi_modal_projector(
+            torch.stack(ordered or [tokens.sum(0)])
+        )
+        return projected[: len(ordered)], [[column for column, _ in row] for row in found]
+
+    def turned(self, vectors: Tensor, columns: int) -> Tensor:
+        """[N, C] by their places, head by head: pairs of channels, half by the row of a patch."""
+        x, y = vectors.unflatten(1, (HEADS, 2, -1)).unbind(2)  # [N, H, d / 2]
+        cos, sin = self.rotation(len(vectors) // columns, columns, x.shape[2])[:, :, None]
+        return torch.stack((x * cos - y * sin, y * cos + x * sin), 2).flatten(1)
+
+    @functools.cache  # noqa: B019
+    def rotation(self, rows: int, columns: int, pairs: int) -> Tensor:
+        """Cosines and sines [2, N, d / 2] of the angles of patches."""
+        angles = torch.empty(rows * columns, pairs)
+        for patch in range(rows * columns):
+            for pair in range(pairs):
+                by_column, number = divmod(2 * pair, pairs)
+                place = divmod(patch, columns)[by_column]
+                angles[patch, pair] = place * 10_000 ** -(
+                    (2 * number + 2 * by_column) / (2 * pairs)
+                )
+        return torch.stack((angles.cos(), angles.sin()))
+
+    def features(self, oracle: FamilyOracle, kind: str, number: int) -> Tensor:
+        return self.in_rows(oracle, number)[0]
+
+    def laid(self, oracle: FamilyOracle, kind: str, number: int) -> tuple[Tensor, list[int]]:
+        tokens, in_rows = self.in_rows(oracle, number)
+        columns = []
+        for row, found in enumerate(in_rows):
+            start, width = row * (self.grids[number][1] + 1), self.grids[number][1]
+            columns += [start + min(place, width - 1) for place in range(len(found))]
+            if found or row == len(in_rows) - 1:
+                columns.append(start + width)
+        picture, left = self.picture(kind, number), iter(tokens)
+        table = oracle.model.get_input_embeddings()
+        shown = [
+            next(left) if picture[column] == IMAGE else table(torch.tensor(picture[column]))
+            for column in columns
+        ]
+        return torch.stack(shown), columns
+
+    def stands(self, oracle: FamilyOracle, kind: str, number: int) -> list[int]:
+        _, in_rows = self.in_rows(oracle, number)
+        stands = []
+        for row, found in enumerate(in_rows):
+            start, width = row * (self.grids[number][1] + 1), self.grids[number][1]
+            stands += [start + column for column in found]
+            if found or row == len(in_rows) - 1:
+                stands.append(start + width)
+        return stands
+
+
+class InternVL(Family):
+    """Tiles of 6 x 6 patches, joined by fours; the scores are those of families without a class
+    token, which the model has."""
+
+    model_name = "InternVL"
+    vision = InternVLVisionConfig
+    default = WITHOUT_CLASS_TOKEN
+    layers = (-1,)
+    options: ClassVar[dict[str, Any]] = {"image_size": 36}
+    interpolates = False
+    takes_any_size = True
+    side = 6
+
+    def model(self, **changes: Any) -> Any:
+        model = super().model(**changes)
+        embeddings = model.model.vision_tower.embeddings  # zeros, by which patches are the same
+        with torch.no_grad():
+            for parameter in (embeddings.cls_token, embeddings.position_embeddings):
+                parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter).sin())
+                parameter.mul_(torch.arange(1, parameter.shape[1] + 1)[:, None] / 10)
+        return model
+
+    def placeholders(self, kind: str, number: int) -> int:
+        return 9
+
+    def pixels(self, kind: str, number: int) -> Tensor:
+        generator = torch.Generator().manual_seed(number)
+        return torch.randn(3, 36, 36, generator=generator)
+
+    def processor(self, **size: Any) -> Any:
+        return CLIPImageProcessor(size={"shortest_edge": 36}, crop_size={"height": 36, "width": 36})
+
+    def features(self, oracle: FamilyOracle, kind: str, number: int) -> Tensor:
+        tower = self.tower(oracle.model, kind)
+        state = tower.embeddings(self.pixels(kind, number)[None])
+        state = state[0] if isinstance(state, tuple) else state
+        for layer in tower.encoder.layer[:-1]:
+            state = layer(state)
+        layer = tower.encoder.layer[-1]
+        normed, own = layer.layernorm_before(state), layer.attention
+        query, keys = own.q_norm(own.q_proj(normed)), own.k_norm(own.k_proj(normed))
+        config = oracle.config
+        if config.scores == "auto":
+            config = config.replace(scores="received")
+        attention = scores_by_hand(query, keys, config)[0]  # [N]
+        patches, keys = tower.layernorm(layer(state))[0, 1:], keys[0, 1:]
+        groups = [
+            [y * self.side + x for y in (row, row + 1) for x in (column, column + 1)]
+            for row in range(0, self.side, 2)
+            for column in range(0, self.side, 2)
+        ]
+        joined = torch.stack([torch.cat([patches[index] for index in group]) for group in groups])
+        means = [torch.stack([one[group].mean(0) for group in groups]) for one in (attention, keys)]
+        projected = oracle.model.model.multi_modal_projector(joined)
+        return oracle.merge(means[0][None], means[1][None], projected[None])
+
+    def places(self, oracle: FamilyOracle, kind: str, number: int) -> list[int]:
+        self.features(oracle, kind, number)
+        return [index if index >= 0 else 8 for index in oracle.kept]
+
+
+class InternVLNormed(InternVL):
+    """As the largest InternVLs: queries and keys are normalised, features are those of tokens."""
+
+    options: ClassVar[dict[str, Any]] = {
+        "image_size": 36,
+        "vision_options": {"use_qk_norm": True, "norm_type": "rms_norm", "use_mean_pooling": False},
+    }
+
+
 FAMILIES: dict[str, Family] = {
     "LLaVA": Llava(),
     "LLaVA of several layers": LlavaLayers(),
@@ -661,4 +875,7 @@ FAMILIES: dict[str, Family] = {
     "LLaVA with SigLIP": LlavaSiglip(),
     "LLaVA-NeXT with SigLIP": LlavaNextSiglip(),
     "LLaVA-OneVision": LlavaOnevision(),
+    "LLaVA with Pixtral": LlavaPixtral(),
+    "InternVL": InternVL(),
+    "InternVL with normed keys": InternVLNormed(),
 }

@@ -40,6 +40,7 @@ def tiny_model(
     feed_forward: int = 96,
     image_size: int = 30,
     vision: Any = CLIPVisionConfig,
+    vision_options: Any = None,
     **options: Any,
 ) -> Any:
     """A model of a family, of that size, with weights under which answers depend on everything.
@@ -52,6 +53,7 @@ def tiny_model(
         feed_forward: Width of the language model's MLP.
         image_size: Pixels along a side.
         vision: Class of the tower's configuration.
+        vision_options: Of the tower's configuration.
         options: Of the model's configuration.
     """
     torch.manual_seed(seed)
@@ -62,6 +64,7 @@ def tiny_model(
         num_attention_heads=4,
         image_size=image_size,
         patch_size=6,
+        **(vision_options or {}),
     )
     text = LlamaConfig(
         hidden_size=64,
@@ -75,9 +78,8 @@ def tiny_model(
         bos_token_id=BOS,
         eos_token_id=EOS,
     )
-    config = config_class(
-        vision_config=vision, text_config=text, image_token_index=IMAGE, **options
-    )
+    token = "image_token_id" if config_class.model_type == "internvl" else "image_token_index"
+    config = config_class(vision_config=vision, text_config=text, **{token: IMAGE}, **options)
     model = model_class._from_config(config, attn_implementation=attention)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

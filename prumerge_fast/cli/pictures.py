@@ -29,7 +29,7 @@ class View:
     """What is pruned on its own: an image, a crop of LLaVA-NeXT, a frame of a video.
 
     Args:
-        image: As the vision tower sees it; square.
+        image: As the vision tower sees it.
         patches: Those that take part, in raster order: all but the padding around the image.
         keys: [n, C], of these patches.
         attention: [N], what each policy scores all patches by, by its name; 0 in the padding.
@@ -188,9 +188,9 @@ class Grid:
     """The image, enlarged, and where its patches lie on it; at twice its final size.
 
     Args:
-        image: Square.
-        patches: N, a square number.
-        panel: Pixels of the final picture's side, at least.
+        image: Of which patches are squares.
+        patches: N.
+        panel: Pixels of the final picture's longer side, at least.
         joined: Of a `View`.
     """
 
@@ -198,14 +198,16 @@ class Grid:
         self, image: Image.Image, patches: int, panel: int, joined: Tensor | None = None
     ) -> None:
         self.joined = joined
-        self.cells = round(patches**0.5)
-        self.cell = 2 * -(-panel // self.cells)  # pixels of a patch's side
-        self.side = self.cell * self.cells // 2
-        self.image = image.resize((2 * self.side,) * 2, Image.Resampling.LANCZOS)
+        self.rows = round((patches * image.height / image.width) ** 0.5)
+        self.columns = patches // self.rows
+        self.cell = 2 * -(-panel // max(self.rows, self.columns))  # pixels of a patch's side
+        size = self.columns * self.cell, self.rows * self.cell
+        self.image = image.resize(size, Image.Resampling.LANCZOS)
 
     def final(self, picture: Image.Image) -> Image.Image:
         """What was drawn, at its final size."""
-        return picture.resize((self.side, self.side), Image.Resampling.LANCZOS)
+        width, height = self.image.size
+        return picture.resize((width // 2, height // 2), Image.Resampling.LANCZOS)
 
     def dimmed(self, brightness: float) -> Image.Image:
         return self.image.point(lambda value: value * brightness)
@@ -215,7 +217,7 @@ class Grid:
         members = [index]
         if self.joined is not None:
             members = (self.joined == index).nonzero()[:, 0].tolist()
-        return [divmod(member, self.cells) for member in members]
+        return [divmod(member, self.columns) for member in members]
 
     def spread(self, values: Tensor) -> Tensor:
         """[N], of each patch the value of the one that stands for it; 0 in the padding."""

@@ -210,7 +210,7 @@ def _draw_attention(grid: Grid, attention: Tensor) -> Image.Image:
     share = np.sqrt(grid.spread(attention).numpy() / most)  # [N]; the root lifts the tail
     positions = np.linspace(0, 1, len(HEAT))
     colours = np.stack([np.interp(share, positions, HEAT[:, c]) for c in range(3)], axis=-1)
-    tiles = Image.fromarray(colours.astype(np.uint8).reshape(grid.cells, grid.cells, 3))
+    tiles = Image.fromarray(colours.astype(np.uint8).reshape(grid.rows, grid.columns, 3))
     heat = tiles.resize(grid.image.size, Image.Resampling.NEAREST)
     return Image.blend(grid.image.convert("L").convert("RGB"), heat, 0.65)
 

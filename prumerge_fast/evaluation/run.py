@@ -27,7 +27,7 @@ from prumerge_fast.harness.models import Loaded, load
 from prumerge_fast.harness.prompts import check_modalities, pictures_of, prepare_readable
 from prumerge_fast.harness.provenance import provenance
 from prumerge_fast.harness.questions import batches
-from prumerge_fast.patching.encoder_output import PrunedFeatures
+from prumerge_fast.patching.encoder_output import pruned_features
 from prumerge_fast.patching.patch import patched
 from prumerge_fast.reduction.config import Positions
 from prumerge_fast.towers.wrappers import unwrapped
@@ -328,14 +328,7 @@ def generate(
 ) -> Tensor:
     """Greedy answers [B, new tokens] behind prompts whose images and videos have these tokens."""
     # A patched model takes images that are encoded already, as many tokens of each as there are.
-    outputs = {
-        modality: PrunedFeatures(
-            pooler_output=list(tokens.features.split(tokens.lengths)),
-            placeholders=torch.tensor(tokens.placeholders),
-            places=tokens.places,
-        )
-        for modality, tokens in encoded.items()
-    }
+    outputs = {modality: pruned_features(tokens) for modality, tokens in encoded.items()}
     with patched(loaded.model, positions=positions):
         sequences = loaded.model.generate(
             **prompts,

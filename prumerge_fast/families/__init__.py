@@ -22,7 +22,7 @@ _ORIGINAL_TOWER = Family("its vision tower", "prumerge_fast.families.original_to
 
 FAMILIES = {
     "LlavaForConditionalGeneration": Family(
-        "LLaVA in transformers", "prumerge_fast.families.llava"
+        "LLaVA in transformers", "prumerge_fast.families.pixtral"
     ),
     "LlavaNextForConditionalGeneration": Family(
         "LLaVA-NeXT in transformers", "prumerge_fast.families.llava_next"
@@ -39,14 +39,20 @@ FAMILIES = {
     "VipLlavaForConditionalGeneration": Family(
         "ViP-LLaVA in transformers", "prumerge_fast.families.vipllava"
     ),
+    "InternVLForConditionalGeneration": Family(
+        "InternVL in transformers", "prumerge_fast.families.internvl"
+    ),
     "LlavaLlamaForCausalLM": _ORIGINAL,
     "LlavaMistralForCausalLM": _ORIGINAL,
     "LlavaMptForCausalLM": _ORIGINAL,
     "CLIPVisionTower": _ORIGINAL_TOWER,
 }
 # Models that people try, and why they cannot be pruned.
-_WITHOUT_CLASS_TOKEN = {
-    "Mistral3ForConditionalGeneration": "Pixtral",
+_REFUSED = {
+    "Mistral3ForConditionalGeneration": (
+        "its patch merger joins neighbouring patches of its Pixtral tower in front of the "
+        "projector, which is not supported"
+    ),
 }
 
 
@@ -70,10 +76,9 @@ def adapter_for_class(model_class: type) -> BaseAdapter:
         if cls.__name__ in FAMILIES:
             return adapter_named(cls.__name__)
     for cls in model_class.__mro__:
-        if cls.__name__ in _WITHOUT_CLASS_TOKEN:
+        if cls.__name__ in _REFUSED:
             raise UnsupportedModelError(
-                f"model: {cls.__name__} cannot be pruned: its {_WITHOUT_CLASS_TOKEN[cls.__name__]} "
-                "vision tower has no class token, whose attention PruMerge ranks patches by"
+                f"model: {cls.__name__} cannot be pruned: {_REFUSED[cls.__name__]}"
             )
     wrapper = next((cls for cls in model_class.__mro__ if cls.__name__ in PARALLEL_WRAPPERS), None)
     if wrapper is not None:

@@ -28,12 +28,15 @@ class ImageTokens:
         places: [sum of lengths] int64 on the CPU, the placeholder of its own image, from 0 on, that
             each token stands for: its patch's; the last of a crop's image or of a frame for what
             sums that up.
+        columns: Of each image whose tokens stand in the rows that its placeholders stand in, the
+            number of placeholders of a row; `None` where all stand at the image's first ones.
     """
 
     features: Tensor
     lengths: list[int]
     placeholders: list[int]
     places: Tensor
+    columns: list[int] | None = None
 
 
 class Views(NamedTuple):

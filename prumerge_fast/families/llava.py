@@ -37,6 +37,9 @@ class LlavaAdapter(Adapter):
         "mm_encoder_outputs",
     )
 
+    takes_sizes: ClassVar[bool] = False
+    """Whether towers may be such as take images of their own sizes."""
+
     def tower(self, model: Any, modality: str) -> Any:
         return inner_model(model).vision_tower
 
@@ -49,7 +52,13 @@ class LlavaAdapter(Adapter):
             )
         for modality in self.pixels:
             tower = self.tower(model, modality)
-            tower_kind(tower).deepest(tower, configured_feature_layer(model.config))
+            kind = tower_kind(tower)
+            if kind.takes_sizes and not self.takes_sizes:
+                raise UnsupportedModelError(
+                    f"vision tower: expected one for images of one size, got a {kind.class_name}, "
+                    f"which {type(model).__name__} itself does not run"
+                )
+            kind.deepest(tower, configured_feature_layer(model.config))
         self._check_strategy(
             model, getattr(model.config, "vision_feature_select_strategy", "default")
         )
@@ -90,13 +99,14 @@ class LlavaAdapter(Adapter):
         layer = images.get("vision_feature_layer")
         if layer is None:
             layer = configured_feature_layer(model.config)
-        options = {}
-        if images.get("interpolate_pos_encoding"):
-            options["interpolate_pos_encoding"] = True
-        tower = self.tower(model, modality)
+        tower, options = self.tower(model, modality), self.tower_options(model, images)
         return tower_kind(tower).read(
             tower, pixel_values, layer, every_query=every_query, **options
         )
+
+    def tower_options(self, model: Any, images: Mapping[str, Any]) -> dict[str, Any]:
+        """What a tower's `forward` is given beside pixels."""
+        return {"interpolate_pos_encoding": True} if images.get("interpolate_pos_encoding") else {}
 
     def _check_strategy(self, model: Any, strategy: object) -> None:
         """Raise `UnsupportedModelError` unless it leaves all patches, and patches alone."""
@@ -255,7 +265,9 @@ def _encoded(images: Mapping[str, Any], modality: str) -> ImageTokens | None:
             f"mm_encoder_outputs: expected the places of {sum(lengths)} tokens of {modality}s, got "
             f"{got}"
         )
-    return ImageTokens(torch.cat(features), lengths, placeholders.tolist(), places.cpu())
+    columns = getattr(output, "columns", None)
+    columns = None if columns is None else columns.tolist()
+    return ImageTokens(torch.cat(features), lengths, placeholders.tolist(), places.cpu(), columns)
 
 
 def _places(merged: MergedTokens, placeholders: int, frames: int) -> Tensor:

@@ -29,6 +29,8 @@ class Placeholders(NamedTuple):
         lengths: Number of tokens of each.
         places: [sum of lengths] int64 on the CPU, the placeholder of its own image whose position
             each token has; `None`: positions close the gaps.
+        row_lengths: Number of tokens of each row of each image, whose placeholders are as many rows
+            of equal length; `None`: an image is one row.
     """
 
     modality: str
@@ -36,6 +38,16 @@ class Placeholders(NamedTuple):
     counts: list[int]
     lengths: list[int]
     places: Tensor | None = None
+    row_lengths: list[list[int]] | None = None
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Number of placeholders and of tokens of each row of all images, [rows] int64 each."""
+        counts, lengths = self.counts, self.lengths
+        if self.row_lengths is not None:
+            rows = list(zip(counts, self.row_lengths, strict=True))
+            counts = [count // len(of_image) for count, of_image in rows for _ in of_image]
+            lengths = [length for _, of_image in rows for length in of_image]
+        return torch.tensor(counts, dtype=torch.int64), torch.tensor(lengths, dtype=torch.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,9 +268,11 @@ def shrink_prompt(
 ) -> PromptLayout:
     """Lay out prompts in which each image has as many tokens as it has, in place of placeholders.
 
-    Placeholders belong to images in the order of the prompts. An image keeps its first ones; with
-    more tokens than placeholders, its last placeholder stands for the rest. A row's outer padding
-    is dropped and laid anew, so that rows of unequal length fit; masked tokens inside stay.
+    Placeholders belong to images in the order of the prompts. An image keeps its first ones, or
+    those of each of its rows; with more tokens than placeholders, the last placeholder stands for
+    the rest. Where one token ends each row of an image but the last, it goes with the row's last
+    token. A prompt's outer padding is dropped and laid anew, so that prompts of unequal length fit;
+    masked tokens inside stay.
 
     Args:
         input_ids: [B, L].
@@ -278,6 +292,7 @@ def shrink_prompt(
         is_placeholder = ids == placeholders.token_id  # [B, L]
         _check_placeholders(is_placeholder, placeholders)
         repeats[is_placeholder] = _copies(placeholders)
+        repeats[_lost_breaks(ids, is_placeholder, placeholders)] = 0
         is_visual |= is_placeholder
     real = torch.ones_like(is_visual) if attention_mask is None else attention_mask.cpu() != 0
     if not real.any(1).all():
@@ -326,14 +341,32 @@ def padding_of(attention_mask: Tensor | None) -> tuple[Literal["left", "right"],
 
 def _copies(placeholders: Placeholders) -> Tensor:
     """How many tokens each placeholder stands for, [sum of counts] int64."""
-    expected = torch.tensor(placeholders.counts, dtype=torch.int64)  # [images]
-    given = torch.tensor(placeholders.lengths, dtype=torch.int64)  # [images]
+    expected, given = placeholders.rows()
     ends = expected.cumsum(0)
     ordinal = torch.arange(sum(placeholders.counts))
-    image = torch.searchsorted(ends, ordinal, right=True)  # [placeholders]
-    offset = ordinal - (ends - expected)[image]
-    extra = (given - expected).clamp(min=0)[image]
-    return (offset < given[image]) + extra * (offset == expected[image] - 1)
+    row = torch.searchsorted(ends, ordinal, right=True)  # [placeholders]
+    offset = ordinal - (ends - expected)[row]
+    extra = (given - expected).clamp(min=0)[row]
+    return (offset < given[row]) + extra * (offset == expected[row] - 1)
+
+
+def _lost_breaks(ids: Tensor, is_placeholder: Tensor, placeholders: Placeholders) -> Tensor:
+    """Which of the ids [B, L] end a row of an image that has no tokens, [B, L] bool.
+
+    Of an image whose rows are not all ended by one token, none is: its id is not known here.
+    """
+    lost = torch.zeros_like(is_placeholder)
+    if placeholders.row_lengths is None:
+        return lost
+    images = is_placeholder.nonzero().split(placeholders.counts)  # [count, 2] each
+    for places, lengths in zip(images, placeholders.row_lengths, strict=True):
+        prompt, columns = places[0, 0], places[:, 1].view(len(lengths), -1)  # [rows, count / rows]
+        width = columns.shape[1] + 1
+        expected = columns[0, 0] + torch.arange(len(lengths) * width).view(-1, width)
+        breaks = expected[:-1, -1]  # [rows - 1]
+        if torch.equal(columns, expected[:, :-1]) and (ids[prompt, breaks].diff() == 0).all():
+            lost[prompt, breaks] = torch.tensor(lengths[:-1]) == 0
+    return lost
 
 
 def _stands(ids: Tensor, source: Tensor, visual: Sequence[Placeholders]) -> Tensor | None:

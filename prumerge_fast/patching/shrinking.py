@@ -33,12 +33,26 @@ def lay_out_prompt(
             tokens.placeholders,
             tokens.lengths,
             None if is_compact else tokens.places,
+            _row_lengths(tokens),
         )
         for modality, tokens in encoded.items()
     ]
     return shrink_prompt(
         input_ids, attention_mask, visual, padding_side=side, last_columns=last_columns
     )
+
+
+def _row_lengths(tokens: ImageTokens) -> list[list[int]] | None:
+    """`Placeholders.row_lengths`."""
+    if tokens.columns is None:
+        return None
+    places = tokens.places.split(tokens.lengths)
+    return [
+        (of_image // columns).bincount(minlength=count // columns).tolist()
+        for of_image, columns, count in zip(
+            places, tokens.columns, tokens.placeholders, strict=True
+        )
+    ]
 
 
 def embed_prompt(

@@ -41,7 +41,8 @@ def get_features(
         )
     tokens = encode_images(model, adapter, images).get(modality)
     if tokens is None:  # a batch of none
-        return _features_output([], [], torch.empty(0, dtype=torch.int64), return_dict)
+        nothing = torch.empty(0, dtype=torch.int64)
+        tokens = ImageTokens(torch.empty(0), [], [], nothing)
     return output_of(tokens, return_dict)
 
 
@@ -73,25 +74,15 @@ def returns_dict(model: Any, arguments: dict[str, Any]) -> bool:
 
 
 def output_of(tokens: ImageTokens, return_dict: bool) -> Any:
-    """The tokens [m, D] of each image or video, in the form that `get_features` returns."""
-    features = list(tokens.features.split(tokens.lengths))
-    return _features_output(features, tokens.placeholders, tokens.places, return_dict)
-
-
-def _features_output(
-    features: list[Tensor], placeholders: list[int], places: Tensor, return_dict: bool
-) -> Any:
-    """What `get_image_features` returns: 4.x the list itself, 5.x an output that holds it."""
+    """What `get_image_features` returns of them: 4.x the list of each image's or video's tokens
+    [m, D], 5.x an output that holds it."""
+    features = list(tokens.features.split(tokens.lengths)) if tokens.lengths else []
     if is_4():
         return features
     # Imports transformers, which this package does only when a model is there.
-    from prumerge_fast.patching.encoder_output import PrunedFeatures
+    from prumerge_fast.patching.encoder_output import pruned_features
 
-    device = features[0].device if features else None
-    counts = torch.tensor(placeholders, dtype=torch.int64, device=device)
-    output = PrunedFeatures(
-        pooler_output=features, placeholders=counts, places=places.to(counts.device)
-    )
+    output = pruned_features(tokens)
     return output if return_dict else output.to_tuple()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from prumerge_fast.towers.encoder import EncoderTower
-from prumerge_fast.versions import clip_layer_masks, run_encoder_layer
+from prumerge_fast.versions import clip_layer_masks
 
 
 class ClipTower(EncoderTower):
@@ -16,11 +16,11 @@ class ClipTower(EncoderTower):
     class_name = "CLIPVisionModel"
     class_token = True
 
-    def embed(self, transformer: Any, pixel_values: Tensor, options: dict[str, Any]) -> Tensor:
-        return transformer.pre_layrnorm(transformer.embeddings(pixel_values, **options))
-
-    def run(self, layer: Any, state: Tensor, options: dict[str, Any]) -> Tensor:
-        return run_encoder_layer(layer, state, **clip_layer_masks())
+    def embed(
+        self, transformer: Any, pixel_values: Tensor, options: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        state = transformer.pre_layrnorm(transformer.embeddings(pixel_values, **options))
+        return state, clip_layer_masks()
 
 
 TOWER = ClipTower()

@@ -11,7 +11,7 @@ A kind of tower is one small class that says where its parts are.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, ClassVar
 
@@ -37,9 +37,20 @@ class EncoderTower(ABC):
     class_token: ClassVar[bool]
     """Whether row 0 of the features is one."""
 
+    takes_sizes: ClassVar[bool] = False
+    """Whether images have sizes of their own, as an option of its `forward`."""
+
+    multiplied: ClassVar[tuple[str, str]] = ("q_proj", "k_proj")
+    """Modules of a layer's attention that give queries and keys as they are multiplied."""
+
+    rotary: ClassVar[bool] = False
+    """Whether layers turn queries and keys by positions that they are given."""
+
     @abstractmethod
-    def embed(self, transformer: Any, pixel_values: Tensor, options: dict[str, Any]) -> Tensor:
-        """What the first layer reads, [B, R, C]."""
+    def embed(
+        self, transformer: Any, pixel_values: Tensor, options: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """What the first layer reads, [B, R, C], and what all layers are given beside it."""
 
     def first(self, tower: Any) -> nn.Module:
         """The module that is called before all others."""
@@ -60,14 +71,34 @@ class EncoderTower(ABC):
         """The module with `q_proj` and `k_proj`."""
         return layer.self_attn
 
-    def run(self, layer: Any, state: Tensor, options: dict[str, Any]) -> Tensor:
-        """A layer, [B, R, C] to [B, R, C]."""
-        return run_encoder_layer(layer, state)
+    def project(self, attention: Any, asking: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys, as `multiplied` gives them, of what the norm makes of tokens."""
+        keys = attention.k_proj(normed)
+        return attention.q_proj(asking), keys
+
+    def finish(self, transformer: Any) -> nn.Module | None:
+        """What the last layer's output goes through before it is features, if anything."""
+        return None
+
+    def whole(
+        self, tower: Any, pixel_values: Tensor, options: dict[str, Any]
+    ) -> Mapping[int, Tensor]:
+        """What `read` finds by index where the tower runs as a whole: its `hidden_states`."""
+        outputs = tower(pixel_values, output_hidden_states=True, **options)
+        return dict(enumerate(outputs.hidden_states))
 
     def reading(
-        self, attention: Any, query: Tensor, keys: Tensor, hidden: Tensor, options: dict[str, Any]
+        self, attention: Any, query: Tensor, keys: Tensor, hidden: Tensor, beside: dict[str, Any]
     ) -> Reading:
-        """From a layer's projections as they are, query [B, C] or [B, R, C], keys [B, R, C]."""
+        """What a layer's queries and keys say of the images.
+
+        Args:
+            attention: The layer's.
+            query: [B, C] or [B, R, C].
+            keys: [B, R, C].
+            hidden: [B, R, D], the features.
+            beside: What all layers are given; nothing unless the tower is `rotary`.
+        """
         return Reading(query, keys, hidden, attention.num_heads, self.class_token)
 
     def transformer(self, tower: Any) -> Any:
@@ -82,9 +113,9 @@ class EncoderTower(ABC):
         """The modules that end what `read` runs, whichever comes last."""
         index, layers = self.deepest(tower, feature_layer), self.layers(self.transformer(tower))
         if index == len(layers):
-            return [layers[-1]]
+            return [self.finish(self.transformer(tower)) or layers[-1]]
         attention = self.attention(layers[index])
-        return [attention.q_proj, attention.k_proj]
+        return [getattr(attention, name) for name in self.multiplied]
 
     def deepest(self, tower: Any, feature_layer: object) -> int:
         """The highest index 0 .. L into the `hidden_states` of a tower of L layers.
@@ -133,9 +164,10 @@ class EncoderTower(ABC):
 
         Returns:
             query [B, C] of the class token, or [B, R, C] with `every_query`; keys [B, R, C]; and
-            hidden [B, R, C], which equals `hidden_states[feature_layer]` of the tower; all in the
-            dtype of hidden. With S feature layers, hidden [B, R, S * C] has them side by side in
-            the order given, and query and keys are those of the deepest.
+            hidden [B, R, C], which equals `hidden_states[feature_layer]` of the tower, or what the
+            tower makes of the last; all in the dtype of hidden. With S feature layers, hidden
+            [B, R, S * C] has them side by side in the order given, and query and keys are those of
+            the deepest.
 
         Raises:
             UnsupportedModelError: There is no such feature layer, or the tower's weights are
@@ -149,42 +181,49 @@ class EncoderTower(ABC):
         attention = self.attention(layers[at])
         around = [tower, transformer, self.encoder(transformer)]
         states = None
+        beside: dict[str, Any] = {}
         caught: dict[str, Tensor] = {}
         with ExitStack() as stack:
             if at < deepest and not torch.compiler.is_compiling():
-                for name in ("q_proj", "k_proj"):
+                for name in self.multiplied:
                     stack.enter_context(_catching(attention, name, caught))
             if self._is_watched(tower):
-                states = tower(pixel_values, output_hidden_states=True, **options).hidden_states
+                states = self.whole(tower, pixel_values, options)
             stack.enter_context(brought(around))
             if states is None:
-                states = self._states(transformer, pixel_values, {*indices, at}, options)
+                state, beside = self.embed(transformer, pixel_values, options)
+                states = self._states(transformer, state, beside, {*indices, at})
+                finish = self.finish(transformer)
+                if at < deepest and finish is not None:
+                    check_whole(around, [finish], "what follows the last layer")
+                    states[deepest] = finish(states[deepest])
+            elif self.rotary:
+                _, beside = self.embed(transformer, pixel_values, options)
             if caught:
                 check_whole(around, [], f"layer {at}")
-                query, keys = caught["q_proj"], caught["k_proj"]  # [B, R, C]
+                query, keys = (caught[name] for name in self.multiplied)  # [B, R, C]
                 if self.class_token and not every_query:
                     query = query[:, 0]  # [B, C]
             else:  # not called, or called by what computes them again, or calls no hooks
                 norm, inside = self.norm(layers[at]), [layers[at], attention]
                 stack.enter_context(brought(inside))
                 parts = [norm, attention.q_proj, attention.k_proj]
+                parts += [getattr(attention, name) for name in self.multiplied]
                 check_whole([*around, *inside], parts, f"layer {at}")
                 normed = norm(states[at])  # [B, R, C]
                 asking = normed if every_query or not self.class_token else normed[:, 0]
-                keys = attention.k_proj(normed)  # [B, R, C]
-                query = attention.q_proj(asking)  # [B, C] or [B, R, C]
+                query, keys = self.project(attention, asking, normed)  # [B, C] or [B, R, C]
         hidden = torch.cat([states[index] for index in indices], dim=-1)  # [B, R, S * C]
         # Under autocast, projections come out in half precision and the residual stream does not.
-        return self.reading(attention, query.to(hidden), keys.to(hidden), hidden, options)
+        return self.reading(attention, query.to(hidden), keys.to(hidden), hidden, beside)
 
     def _states(
-        self, transformer: Any, pixel_values: Tensor, indices: set[int], options: dict[str, Any]
+        self, transformer: Any, state: Tensor, beside: dict[str, Any], indices: set[int]
     ) -> dict[int, Tensor]:
         """Those of the tower's `hidden_states`, each [B, R, C], by index; nothing beyond is run."""
-        state = self.embed(transformer, pixel_values, options)
         states = {0: state}
         for index, layer in enumerate(self.layers(transformer)[: max(indices)], start=1):
-            state = self.run(layer, state, options)
+            state = run_encoder_layer(layer, state, **beside)
             if index in indices:
                 states[index] = state
         return states

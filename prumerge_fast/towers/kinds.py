@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from prumerge_fast.errors import UnsupportedModelError
-from prumerge_fast.towers import clip, siglip
+from prumerge_fast.towers import clip, internvit, pixtral, siglip
 from prumerge_fast.towers.encoder import EncoderTower
 from prumerge_fast.towers.wrappers import (
     PARALLEL_WRAPPERS,
@@ -14,7 +14,9 @@ from prumerge_fast.towers.wrappers import (
     unwrapped,
 )
 
-_KINDS: dict[str, EncoderTower] = {tower.class_name: tower for tower in (clip.TOWER, siglip.TOWER)}
+_KINDS: dict[str, EncoderTower] = {
+    tower.class_name: tower for tower in (clip.TOWER, siglip.TOWER, pixtral.TOWER, internvit.TOWER)
+}
 
 
 def tower_kind(tower: Any) -> EncoderTower:
@@ -29,7 +31,7 @@ def tower_kind(tower: Any) -> EncoderTower:
         if cls.__name__ in _KINDS:
             return _KINDS[cls.__name__]
     raise UnsupportedModelError(
-        f"vision tower: expected a {' or '.join(_KINDS)}, got {unknown(inner)}"
+        f"vision tower: expected a {', '.join(_KINDS)}, got {unknown(inner)}"
     )
 
 

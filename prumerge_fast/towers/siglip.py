@@ -15,7 +15,9 @@ class SiglipTower(EncoderTower):
     class_name = "SiglipVisionModel"
     class_token = False
 
-    def embed(self, transformer: Any, pixel_values: Tensor, options: dict[str, Any]) -> Tensor:
+    def embed(
+        self, transformer: Any, pixel_values: Tensor, options: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Any]]:
         side, patch = transformer.config.image_size, transformer.config.patch_size
         height, width = pixel_values.shape[-2:]
         patches = (height // patch) * (width // patch)
@@ -24,7 +26,7 @@ class SiglipTower(EncoderTower):
                 f"pixel_values: expected the size of this vision tower, {side}*{side}, or "
                 f"interpolate_pos_encoding=True, got {height}*{width}"
             )
-        return transformer.embeddings(pixel_values, **options)
+        return transformer.embeddings(pixel_values, **options), {"attention_mask": None}
 
 
 TOWER = SiglipTower()

@@ -30,6 +30,33 @@ def prompts(draw: st.DrawFn) -> tuple[list[list[list[int]]], str]:
     return draw(st.lists(row, min_size=1, max_size=4)), draw(st.sampled_from(["left", "right"]))
 
 
+BREAK, END = 11, 12
+
+
+@given(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=4), min_size=1, max_size=3))
+@settings(max_examples=200, deadline=None)
+def test_rows_against_lists(images_of_rows: list[list[int]]) -> None:
+    """Images of rows of three placeholders, so many tokens in each; of one, breaks differ."""
+    ids, source, spoilt_at = [1], [0], len(images_of_rows) - 1
+    for number, lengths in enumerate(images_of_rows):
+        for row, length in enumerate(lengths):
+            source += [len(ids) + min(j, 2) for j in range(length)]
+            is_last = row == len(lengths) - 1
+            is_spoilt = number == spoilt_at and len(lengths) > 2
+            if length or is_last or is_spoilt:
+                source.append(len(ids) + 3)
+            ids += [IMAGE] * 3 + [END if is_last else BREAK + row if is_spoilt else BREAK]
+    counts = [3 * len(lengths) for lengths in images_of_rows]
+    visual = Placeholders(
+        "image", IMAGE, counts, list(map(sum, images_of_rows)), row_lengths=images_of_rows
+    )
+    layout = shrink_prompt(torch.tensor([ids]), None, [visual], padding_side="left")
+    assert layout.source[0].tolist() == source
+    assert int(layout.gone) == len(ids) - len(source)
+    shown = [sum(each <= column for each in source) - 1 for column in range(len(ids))]
+    assert layout.rows_of_columns()[0].tolist() == shown
+
+
 @given(prompts())
 @settings(max_examples=200, deadline=None)
 def test_against_lists(case: tuple[list[list[list[int]]], str]) -> None:
