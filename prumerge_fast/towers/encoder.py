@@ -178,8 +178,10 @@ class EncoderTower(ABC):
         transformer, deepest = self.transformer(tower), max(indices)
         layers = self.layers(transformer)
         at = min(deepest, len(layers) - 1)  # the layer that reads them, or else the last
-        attention = self.attention(layers[at])
-        around = [tower, transformer, self.encoder(transformer)]
+        norm, attention = self.norm(layers[at]), self.attention(layers[at])
+        parts = [norm, attention.q_proj, attention.k_proj]
+        parts += [getattr(attention, name) for name in self.multiplied]
+        around, inside = [tower, transformer, self.encoder(transformer)], [layers[at], attention]
         states = None
         beside: dict[str, Any] = {}
         caught: dict[str, Tensor] = {}
@@ -190,6 +192,11 @@ class EncoderTower(ABC):
             if self._is_watched(tower):
                 states = self.whole(tower, pixel_values, options)
             stack.enter_context(brought(around))
+            if at == deepest:  # before there is work
+                stack.enter_context(brought(inside))
+                check_whole([*around, *inside], parts, f"layer {at}")
+            else:
+                check_whole(around, [layers[at]], f"layer {at}")
             if states is None:
                 state, beside = self.embed(transformer, pixel_values, options)
                 states = self._states(transformer, state, beside, {*indices, at})
@@ -200,16 +207,13 @@ class EncoderTower(ABC):
             elif self.rotary:
                 _, beside = self.embed(transformer, pixel_values, options)
             if caught:
-                check_whole(around, [], f"layer {at}")
                 query, keys = (caught[name] for name in self.multiplied)  # [B, R, C]
                 if self.class_token and not every_query:
                     query = query[:, 0]  # [B, C]
             else:  # not called, or called by what computes them again, or calls no hooks
-                norm, inside = self.norm(layers[at]), [layers[at], attention]
-                stack.enter_context(brought(inside))
-                parts = [norm, attention.q_proj, attention.k_proj]
-                parts += [getattr(attention, name) for name in self.multiplied]
-                check_whole([*around, *inside], parts, f"layer {at}")
+                if at < deepest:
+                    stack.enter_context(brought(inside))
+                    check_whole([*around, *inside], parts, f"layer {at}")
                 normed = norm(states[at])  # [B, R, C]
                 asking = normed if every_query or not self.class_token else normed[:, 0]
                 query, keys = self.project(attention, asking, normed)  # [B, C] or [B, R, C]

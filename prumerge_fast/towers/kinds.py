@@ -31,7 +31,7 @@ def tower_kind(tower: Any) -> EncoderTower:
         if cls.__name__ in _KINDS:
             return _KINDS[cls.__name__]
     raise UnsupportedModelError(
-        f"vision tower: expected a {', '.join(_KINDS)}, got {unknown(inner)}"
+        f"vision tower: expected one of {', '.join(_KINDS)}, got {unknown(inner)}"
     )
 
 

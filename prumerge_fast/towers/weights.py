@@ -30,14 +30,7 @@ def check_whole(around: Sequence[Any], parts: Sequence[Any], name: str) -> None:
         parts: Those within that are called.
         name: What errors call the layer that the parts are of.
     """
-    if any(
-        not hasattr(part, "_hf_hook")
-        and any(  # several modules under LoRA
-            _is_away(module, recurse=False) and not hasattr(module, "_hf_hook")
-            for module in part.modules()
-        )
-        for part in parts
-    ):
+    if any(map(_stays_away, parts)):
         raise UnsupportedModelError(
             "vision tower: expected weights that are there, or that accelerate brings to the tower "
             "or its parts; they are offloaded together with a module around it"
@@ -58,6 +51,13 @@ def check_whole(around: Sequence[Any], parts: Sequence[Any], name: str) -> None:
 def _is_sharded(module: Any) -> bool:
     """Whether FSDP gathers the module's weights where the module is called."""
     return "FSDPModule" in class_names(module)
+
+
+def _stays_away(part: Any) -> bool:
+    """Whether weights of a module that is called are offloaded, and no hook brings them."""
+    if hasattr(part, "_hf_hook"):
+        return False
+    return _is_away(part, recurse=False) or any(map(_stays_away, part.children()))
 
 
 def _is_away(module: Any, recurse: bool = True) -> bool:

@@ -141,8 +141,10 @@ def test_weights_are_put_away_after_an_error() -> None:
     assert away(model) == gone
 
 
-def test_a_module_around_the_tower_is_refused() -> None:
-    model = accelerate.cpu_offload(tiny_llava(), CPU, preload_module_classes=["LlavaModel"])
+@pytest.mark.parametrize("feature_layer", [-2, -1])
+def test_a_module_around_the_tower_is_refused(feature_layer: int) -> None:
+    model = tiny_llava(feature_layer=feature_layer)
+    accelerate.cpu_offload(model, CPU, preload_module_classes=["LlavaModel"])
     with pytest.raises(UnsupportedModelError, match="offloaded together with a module around it"):
         outputs(patch(model))
 
