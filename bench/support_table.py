@@ -19,6 +19,8 @@ FAMILIES = {  # as `tests/tiny_families.py` calls them, and the class
     "LLaVA-NeXT-Video": "`LlavaNextVideoForConditionalGeneration`",
     "LLaVA with SigLIP": "`LlavaForConditionalGeneration` with SigLIP",
     "LLaVA-NeXT with SigLIP": "`LlavaNextForConditionalGeneration` with SigLIP",
+    "LLaVA with Pixtral": "`LlavaForConditionalGeneration` with Pixtral",
+    "InternVL": "`InternVLForConditionalGeneration`",
 }
 FEATURES = {  # test of FAMILY_TESTS, with FAMILY for the family
     "generate": "test_generate[FAMILY-iqr]",

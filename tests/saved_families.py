@@ -8,16 +8,18 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 import transformers
 from command_line import tokenizer
-from tiny_families import FAMILIES, LlavaNext
+from tiny_families import FAMILIES, V5, LlavaNext
 from tiny_models import IMAGE, VIDEO
 
-SIDES = {"LLaVA-NeXT-Video": 36}  # pixels; a patch has 6. Its processor halves the grid: it is even
+# Pixels; a patch has 6. LLaVA-NeXT-Video's processor halves the grid: it is even.
+SIDES = {"LLaVA-NeXT-Video": 36, "LLaVA with Pixtral": 48}
 _PROCESSORS = {"LLaVA": "llava", "ViP-LLaVA": "llava", "LLaVA-NeXT": "llava_next"}
 _PROCESSORS |= {"LLaVA with SigLIP": "llava", "LLaVA-NeXT with SigLIP": "llava_next"}
 _PROCESSORS |= {"Video-LLaVA": "video_llava", "LLaVA-NeXT-Video": "llava_next_video"}
-_PROCESSORS |= {"LLaVA-OneVision": "llava_onevision"}
+_PROCESSORS |= {"LLaVA-OneVision": "llava_onevision", "LLaVA with Pixtral": "pixtral"}
 
 
 def side_of(name: str) -> int:
@@ -34,9 +36,14 @@ def save(name: str, path: Path, grids: Any = None, **template: str) -> Path:
         grids: `image_grid_pinpoints`; `None`: those that all families with crops have.
         template: Of the processor.
     """
-    family, side = FAMILIES[name], side_of(name)
+    family: Any = FAMILIES[name]
+    side = side_of(name)
     sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     tokens = {"<image>": IMAGE} | ({"<video>": VIDEO} if "video" in family.kinds else {})
+    if name == "LLaVA with Pixtral":
+        if V5:
+            pytest.importorskip("torchvision")  # without which there is no processor
+        tokens = {"[IMG]": IMAGE, "[IMG_BREAK]": family.row_break, "[IMG_END]": family.image_end}
     options: dict[str, Any] = {}
     if family.cuts:
         grids = grids or LlavaNext.options["image_grid_pinpoints"]
@@ -52,7 +59,9 @@ def save(name: str, path: Path, grids: Any = None, **template: str) -> Path:
         getattr(processing, one) for one in processing.__all__ if one.endswith("Processor")
     )
     parts = {"tokenizer": tokenizer(**tokens)}
-    if kind == "llava_onevision":
+    if kind == "pixtral":
+        parts["image_processor"] = family.processor()
+    elif kind == "llava_onevision":
         sizes = {"size": sizes["crop_size"]}
         parts["image_processor"] = transformers.LlavaOnevisionImageProcessor(**sizes, **options)
     elif kind.startswith("llava_next"):

@@ -148,7 +148,7 @@ def look(
             for number, image in enumerate(images)
         ],
         first.grids[0] if first.grids else None,
-        {policy: tokens.lengths[0] for policy, tokens in encoded.items()},
+        {policy: sum(tokens.lengths) for policy, tokens in encoded.items()},
         int((inputs["input_ids"] == adapter.placeholder_id(model, modality)).sum()),
     )
 

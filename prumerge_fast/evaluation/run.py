@@ -306,8 +306,12 @@ def answer_batch(
             given = {name: value for name, value in pictures.items() if name not in others}
             adapter = once.reading_once(policy.reduction(names))
             encoded |= adapter.encode(loaded.model, given, policy.config, "auto")
-            for i, length in zip(asked, encoded[modality].lengths, strict=True):
-                lengths[i] = length
+            placeholder = once.placeholder_id(loaded.model, modality)
+            counts = (inputs["input_ids"] == placeholder).sum(1).tolist()
+            pieces = [once.pieces(loaded.model, modality, count) for count in counts]
+            owners = [i for i in asked for _ in range(pieces[i])]
+            for i, length in zip(owners, encoded[modality].lengths, strict=True):
+                lengths[i] += length
         tokens[policy.name] = lengths
         ids = generate(loaded, prompts, encoded, max_new_tokens, policy.config.positions)
         decoded = loaded.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)

@@ -165,6 +165,11 @@ class Adapter(BaseAdapter):
     def tower(self, model: Any, modality: str) -> Any:
         """The vision tower of a modality."""
 
+    def pieces(self, model: Any, modality: str, placeholders: int) -> int:
+        """How many pictures, as `ImageTokens` counts them, so many placeholders of a prompt's only
+        picture are: one, but where the model does not tell tiles of an image from images."""
+        return int(placeholders > 0)
+
     def pooling(self, model: Any) -> Any:
         """The module that pools the tower's features before they are pruned; `None` for none."""
         return None

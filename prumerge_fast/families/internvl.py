@@ -48,6 +48,9 @@ class InternVLAdapter(LlavaAdapter):
         """Groups of patches of a tile."""
         return int(super().num_patches(model) * model.config.downsample_ratio**2)
 
+    def pieces(self, model: Any, modality: str, placeholders: int) -> int:
+        return placeholders // self.num_patches(model)
+
     def scores(self, model: Any) -> Literal["class", "received"]:
         """The attention of its class token is reported to be worse than chance."""
         return "received"

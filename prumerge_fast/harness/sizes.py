@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from prumerge_fast.errors import UnsupportedModelError
@@ -18,12 +19,17 @@ def check_sizes(config: Any, *parts: str) -> None:
     for part in parts:
         for name in _SIZES[part]:
             size = getattr(getattr(config, part), name, 1)
-            if not isinstance(size, int) or size < 1:
+            if any(not isinstance(edge, int) or edge < 1 for edge in _edges(size)):
                 raise UnsupportedModelError(
                     f"{part}.{name}: expected a whole number >= 1, got {size!r}"
                 )
     image, patch = (getattr(config.vision_config, name, 1) for name in ("image_size", "patch_size"))
-    if image < patch:
+    if min(_edges(image)) < max(_edges(patch)):
         raise UnsupportedModelError(
             f"vision_config.image_size: expected at least patch_size, {patch}, got {image}"
         )
+
+
+def _edges(size: Any) -> Sequence[Any]:
+    """Height and width, where they are given as such."""
+    return size if isinstance(size, (list, tuple)) and size else [size]

@@ -140,7 +140,12 @@ def _visual_tokens(model: Any, input_ids: torch.Tensor, kept: Sequence[int] | No
     }
     if kept is None:
         return [sum(of_prompt) for of_prompt in zip(*counts.values(), strict=True)]
-    owners = [i for of_modality in counts.values() for i, n in enumerate(of_modality) if n]
+    owners = [
+        i
+        for modality, of_modality in counts.items()
+        for i, count in enumerate(of_modality)
+        for _ in range(family.pieces(llava, modality, count))
+    ]
     if len(owners) != len(kept):
         raise ValueError(
             "inputs: expected at most one image and one video a prompt, so that tokens count for "

@@ -7,6 +7,7 @@ embeddings in place of the image (vLLM: `image_embeds`).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ from prumerge_fast.harness.sizes import check_sizes
 from prumerge_fast.reduction.backends import resolve_backend
 from prumerge_fast.reduction.config import PruMergeConfig
 from prumerge_fast.serving.checkpoint import plain_name, read_weights
+from prumerge_fast.towers.kinds import tower_kind
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_TILING = "crop_to_patches"
 
 
 class PruMergeEncoder:
@@ -95,6 +98,10 @@ class PruMergeEncoder:
         resolve_backend(backend, self.device)
         self._image_processor = _image_processor(source, revision)
         self.dtype = _load(self._model, source, revision, chosen or settings.dtype)
+        for modality in self._adapter.pixels:
+            tower = self._adapter.tower(self._model, modality)
+            tower_kind(tower).make_buffers(tower)
+        _check_buffers(self._model)
         self._model.eval().requires_grad_(False).to(self.device)
         self.width: int = settings.text_config.hidden_size
 
@@ -125,14 +132,20 @@ class PruMergeEncoder:
         if not images:
             return []
         seen = [as_seen(image, f"images[{index}]") for index, image in enumerate(images)]
+        # InternVL's cuts images into tiles where the whole processor asks it to, which always does.
+        tiling = {_TILING: True} if hasattr(self._image_processor, _TILING) else {}
+        processed = dict(self._image_processor(seen, return_tensors="pt", **tiling))
+        tiles = processed.pop("num_patches", [1] * len(images))
         inputs = {
             name: value.to(self.device, self.dtype if value.is_floating_point() else None)
-            for name, value in self._image_processor(seen, return_tensors="pt").items()
+            for name, value in processed.items()
         }
         arguments = self._adapter.renamed(inputs)
         encoded = self._adapter.encode(self._model, arguments, self.config, self.backend)["image"]
+        lengths = iter(encoded.lengths)
+        whole = [sum(itertools.islice(lengths, int(count))) for count in tiles]
         # Copies, so that one image's rows do not hold the memory of all.
-        return [rows.clone() for rows in encoded.features.split(encoded.lengths)]
+        return [rows.clone() for rows in encoded.features.split(whole)]
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
@@ -220,12 +233,13 @@ def _load(
         dtype = next(iter(stored.values())).dtype
     weights = {expected[plain][0]: tensor.to(dtype) for plain, tensor in stored.items()}
     model.load_state_dict(weights, assign=True)
-    for module in model.modules():  # what no checkpoint holds: the numbers of positions
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_meta:
-                if name != "position_ids":
-                    raise UnsupportedModelError(
-                        f"model: expected no buffer but position_ids beside its weights, got {name}"
-                    )
-                module.register_buffer(name, torch.arange(buffer.shape[-1])[None], persistent=False)
     return dtype
+
+
+def _check_buffers(model: nn.Module) -> None:
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:
+            raise UnsupportedModelError(
+                "model: expected no buffers beside its weights but those that its tower is known "
+                f"to have, got {name}"
+            )

@@ -105,6 +105,14 @@ class EncoderTower(ABC):
         """The module with the embeddings, inside all that is around it."""
         return vision_transformer(unwrapped(tower))
 
+    def make_buffers(self, tower: Any) -> None:
+        """Makes what no checkpoint holds, in place, of a tower from the meta device."""
+        for module in self.transformer(tower).modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.is_meta and name == "position_ids":
+                    places = torch.arange(buffer.shape[-1])[None]
+                    module.register_buffer(name, places, persistent=False)
+
     def num_patches(self, tower: Any) -> int:
         """N, the patch tokens of an image of the tower's own size, without a class token."""
         return self.transformer(tower).embeddings.num_patches

@@ -52,6 +52,12 @@ class PixtralTower(EncoderTower):
         config = self.transformer(tower).config
         return (config.image_size // config.patch_size) ** 2
 
+    def make_buffers(self, tower: Any) -> None:
+        transformer = self.transformer(tower)
+        rotary = transformer.patch_positional_embedding
+        for name, buffer in type(rotary)(transformer.config).named_buffers():
+            rotary.register_buffer(name, buffer, persistent=False)
+
     def reading(
         self, attention: Any, query: Tensor, keys: Tensor, hidden: Tensor, beside: dict[str, Any]
     ) -> Reading:

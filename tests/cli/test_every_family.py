@@ -28,7 +28,7 @@ from prumerge_fast.reduction.config import PruMergeConfig
 from prumerge_fast.towers.encoder import EncoderTower
 
 NAMES = ["ViP-LLaVA", "LLaVA-NeXT", "Video-LLaVA", "LLaVA-NeXT-Video", "LLaVA-NeXT with SigLIP"]
-NAMES += ["LLaVA-OneVision"]
+NAMES += ["LLaVA-OneVision", "LLaVA with Pixtral"]
 OF_VIDEOS = [name for name in NAMES if "video" in FAMILIES[name].kinds]
 FRAMES = 3
 KEEP = 3
@@ -118,7 +118,12 @@ def by_hand(saved: Saved, path: Path, question: str) -> dict[str, Any]:
     if path.suffix == ".png":
         pixels = dict(images(Image.open(path), return_tensors="pt"))
         token, count = "<image>", (side // 6) ** 2
-        if "image_sizes" in pixels:
+        if saved.name == "LLaVA with Pixtral":
+            rows, columns = (pixels["image_sizes"][0] // 6).tolist()
+            assert (rows, columns) == ((8, 8) if path.name == "square.png" else (3, 8))
+            whole = "[IMG_BREAK]".join(["[IMG]" * columns] * rows) + "[IMG_END]"
+            token, count = whole, 1
+        elif "image_sizes" in pixels:
             model = model_of(saved)
             packed, _ = model.model.pack_image_features(
                 [torch.zeros(len(pixels["pixel_values"][0]), count, 1)],
@@ -189,6 +194,8 @@ def test_images(saved, pictures, capsys):
             side * side + 2 * side * (2 * side + 1),
             side * side + wide * (2 * side + 1),
         ]
+    if saved.name == "LLaVA with Pixtral":
+        placeholders = [8 * 8, 3 * 8]
     check(saved, result, placeholders)
     assert [Path(a["image"]).name for a in result["answers"]] == ["square.png", "wide.png"]
     tokens = result["results"]["PruMerge"]["visual_tokens"]
@@ -464,7 +471,9 @@ def test_show_an_image(saved, pictures, tmp_path, capsys):
     result = shown(capsys, saved, pictures / "wide.png", out, *options)
     has_class_token = FAMILIES[saved.name].class_token
     assert result["scores"] == ("class" if has_class_token else "received")
-    side = side_of(saved.name) // 6
+    rows = columns = side_of(saved.name) // 6
+    if saved.name == "LLaVA with Pixtral":
+        rows = 3
     crops = FAMILIES[saved.name].cuts
     views = result["views"] if crops else [result]
     assert len(views) == (3 if crops else 1)
@@ -475,9 +484,9 @@ def test_show_an_image(saved, pictures, tmp_path, capsys):
             assert 0 < attention.sum() < 1  # the class token has the rest
         else:
             assert attention.sum() == pytest.approx(1)
-        assert view["kept"] == sorted(range(side * side), key=lambda j: -attention[j])[:KEEP]
+        assert view["kept"] == sorted(range(rows * columns), key=lambda j: -attention[j])[:KEEP]
         assert list(map(int, view["neighbours"])) == view["kept"]
-        padding = attention.reshape(side, side)[[0, -1]]
+        padding = attention.reshape(rows, columns)[[0, -1]]
         assert (padding == 0).all() == (number > 0)
         assert view["patches"] == (attention > 0).sum()
     assert result["visual_tokens"] == (3 * (KEEP + 1) + 2 if crops else KEEP + 1)

@@ -16,6 +16,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from saved_families import save
+from tiny_families import FAMILIES as TINY
 from tiny_models import features_of
 
 import prumerge_fast
@@ -32,7 +33,7 @@ from prumerge_fast.serving import PruMergeEncoder, to_base64
 from prumerge_fast.serving.checkpoint import read_weights
 
 FAMILIES = ["LLaVA", "ViP-LLaVA", "Video-LLaVA", "LLaVA-NeXT", "LLaVA-NeXT-Video"]
-FAMILIES += ["LLaVA-OneVision"]
+FAMILIES += ["LLaVA-OneVision", "LLaVA with Pixtral"]
 CONFIGS = {
     "adaptive": PruMergeConfig(),
     "keep": PruMergeConfig(keep=4),
@@ -51,6 +52,11 @@ def pictures(*sizes):
         for width, height in sizes
     ]
 
+
+try:
+    from transformers import GotOcr2ImageProcessorPil as GotOcr2
+except ImportError:  # 4.x
+    from transformers import GotOcr2ImageProcessor as GotOcr2
 
 PICTURES = pictures((30, 30), (60, 60), (50, 10), (40, 90), (60, 40))
 
@@ -82,7 +88,10 @@ def patched_features(folder, config, dtype=torch.float32):
         str(folder), model.config, takes_videos="video" in adapter_for(model).pixels
     )
     inputs = processor(
-        images=PICTURES, text=["<image>"] * len(PICTURES), padding=True, return_tensors="pt"
+        images=PICTURES,
+        text=[processor.image_token] * len(PICTURES),
+        padding=True,
+        return_tensors="pt",
     )
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     with torch.no_grad():
@@ -134,6 +143,27 @@ def test_other_families(saved, family):
     expected = patched_features(saved(family), None)
     for rows, right in zip(PruMergeEncoder(saved(family)).encode(PICTURES), expected, strict=True):
         assert torch.equal(rows, right)
+
+
+def test_tiles_of_an_image_are_one(tmp_path):
+    """InternVL's image processor cuts images, of which the model knows tiles alone."""
+    family = TINY["InternVL"]
+    model = family.model()
+    model.save_pretrained(tmp_path)
+    size = {"height": 36, "width": 36}
+    GotOcr2(size=size, max_patches=4).save_pretrained(tmp_path)
+    processed = GotOcr2(size=size, max_patches=4)(
+        PICTURES, crop_to_patches=True, return_tensors="pt"
+    )
+    tiles = [int(count) for count in processed["num_patches"]]
+    assert len(set(tiles)) > 1
+    prumerge_fast.patch(model, keep=3)
+    with torch.no_grad():
+        features = model.get_image_features(processed["pixel_values"])
+    features = getattr(features, "pooler_output", features)
+    encoded = PruMergeEncoder(tmp_path, model.prumerge.config).encode(PICTURES)
+    assert [len(rows) for rows in encoded] == [4 * count for count in tiles]
+    assert torch.equal(torch.cat(encoded), torch.cat(features))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
