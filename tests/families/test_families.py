@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -64,7 +65,18 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+# What says the least beside the others is in `.ci/run`, not in the default test run.
+FAMILIES_LATER = ("LLaVA of several layers", "LLaVA-NeXT with SigLIP")
+COMPILED = ("LLaVA", "LLaVA-OneVision")  # each takes ten seconds
+CONFIGS_FIRST = ("iqr", "plus", "budget", "no tokens", "original positions in rows")
+FLAT_FIRST = ("iqr", "budget")
+
+
+def slow_but(names: Iterable[str], fast: Callable[[str], bool]) -> list[Any]:
+    return [name if fast(name) else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.fixture(scope="module", params=slow_but(FAMILIES, lambda name: name not in FAMILIES_LATER))
 def family(request: pytest.FixtureRequest) -> Family:
     return FAMILIES[request.param]
 
@@ -107,7 +119,7 @@ def test_keeping_everything_changes_nothing(
         assert torch.equal(features_of(actual, kind), features_of(expected, kind))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", slow_but(CONFIGS, CONFIGS_FIRST.__contains__))
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_padded_batches_equal_single_prompts(
@@ -427,6 +439,9 @@ def test_offloaded(family: Family, model: Any) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "family", slow_but(FAMILIES, COMPILED.__contains__), indirect=True, scope="module"
+)
 def test_compiled(family: Family, model: Any) -> None:
     inputs = family.inputs(family.prompts())
     expected = patch(model, keep=4)(**inputs, use_cache=True)
@@ -598,7 +613,7 @@ def test_text_alone_passes_as_it_is(family: Family, plain: Any, model: Any) -> N
     assert model.prumerge.last_lengths is None
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", slow_but(CONFIGS, FLAT_FIRST.__contains__))
 @torch.no_grad()
 def test_one_flat_colour(
     family: Family, plain: Any, model: Any, name: str, monkeypatch: pytest.MonkeyPatch
