@@ -90,7 +90,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
                 values.split(counts), images["image_sizes"], None, ratio
             )
             grids = torch.zeros_like(values).flatten(0, 1)  # [K * N, X]
-            return grids.index_copy(0, places, torch.cat(packed)).view_as(values)
+            return grids.index_copy_(0, places, torch.cat(packed)).view_as(values)
 
         return _each(pack, self._projected(model, reading, config, backend))
 
@@ -187,14 +187,21 @@ def _nearest(is_cell: Tensor, is_read: Tensor) -> Tensor:
 
 
 def _each(change: Any, scored: Scored) -> Scored:
-    """`change` of attention, keys and features, [..., N, X] each."""
+    """`change` of attention, keys and features, [..., N, X] each.
+
+    Keys come in the features' dtype: under autocast the projector's is not the tower's.
+    """
     attention, keys, features = scored
-    return Scored(change(attention[..., None])[..., 0], change(keys), change(features))
+    features = change(features)
+    return Scored(change(attention[..., None])[..., 0], change(keys).to(features), features)
 
 
 def _ended(videos: ImageTokens, newline: Tensor) -> ImageTokens:
-    """With the newline [D], which has a placeholder of its own, behind each video that kept any."""
-    newline = newline.to(videos.features)[None]
+    """With the newline [D], which has a placeholder of its own, behind each video that kept any.
+
+    As in the model, it keeps its dtype, which under autocast is not that of features.
+    """
+    newline = newline.to(videos.features.device)[None]
     features, lengths, places = list[Tensor](), list[int](), list[Tensor]()
     for tokens, own, count in zip(
         videos.features.split(videos.lengths),

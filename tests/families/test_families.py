@@ -107,6 +107,22 @@ def test_keeping_everything_changes_nothing(
         assert torch.equal(features_of(actual, kind), features_of(expected, kind))
 
 
+def test_autocast(family: Family, model: Any) -> None:
+    """Of weights in float32, as trainers have it: the tower, the projector and newlines differ."""
+    inputs = family.inputs(family.prompts(), "right")
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            expected = model(**inputs).logits
+            actual = patch(model, **EVERYTHING)(**inputs).logits
+            assert torch.equal(actual, expected)
+            answer = patch(model, family.default).generate(**inputs, max_new_tokens=2)
+            assert torch.equal(answer[:, :-2], inputs["input_ids"])
+        labels = labels_of(inputs["input_ids"])
+        patch(model.train(), family.default)(**inputs, labels=labels).loss.backward()
+    gradients = [p.grad for name, p in model.named_parameters() if "layers.0" in name]
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
