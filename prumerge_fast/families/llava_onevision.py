@@ -24,7 +24,7 @@ from prumerge_fast.errors import UnsupportedModelError
 from prumerge_fast.families.base import ImageTokens, Views, inner_model
 from prumerge_fast.families.crops import CropLayout, crop_counts, crop_grid, layout_of
 from prumerge_fast.families.llava import IMAGES_AND_VIDEOS
-from prumerge_fast.families.llava_next import LlavaNextAdapter, newline_of
+from prumerge_fast.families.llava_next import LlavaNextAdapter, newline_of, on_host
 from prumerge_fast.reduction.config import PruMergeConfig
 from prumerge_fast.reduction.reading import Patches, Reading, Scored
 
@@ -151,6 +151,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         views = super().views(model, modality, images, config, backend)
         if modality != "image":
             return views
+        images = on_host(images)
         counts = self.counts(model, images)
         # Nothing is interpolated that is no larger than this.
         whole = self._layout(

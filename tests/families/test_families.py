@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -795,6 +795,31 @@ def test_crops_in_a_row(name: str) -> None:
     images = family.pictures(family.prompts(), "image")
     crops = torch.cat([family.pixels(*image) for image in images])
     assert torch.equal(model(**inputs | {"pixel_values": crops}).logits, expected)
+
+
+class OnDevice(torch.Tensor):
+    """Counts how often the host reads it, which waits for a GPU each time."""
+
+    reads: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        if function.__name__ in ("tolist", "item", "__int__", "__bool__", "cpu", "numpy"):
+            cls.reads.append(function.__name__)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("name", ["LLaVA-NeXT", "LLaVA-OneVision"])
+@torch.no_grad()
+def test_sizes_are_read_once(name: str) -> None:
+    family = FAMILIES[name]
+    inputs, model = family.inputs(family.prompts()), patch(family.model())
+    expected = model(**inputs).logits
+    names = {"image_sizes", "batch_num_images"} & inputs.keys()
+    OnDevice.reads = []
+    counted = {name: inputs[name].as_subclass(OnDevice) for name in names}
+    assert torch.equal(model(**inputs | counted).logits, expected)
+    assert OnDevice.reads == ["tolist"] * len(names)
 
 
 @pytest.mark.parametrize("order", ["attention", "raster"])
