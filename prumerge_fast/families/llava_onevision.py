@@ -188,13 +188,9 @@ def _nearest(is_cell: Tensor, is_read: Tensor) -> Tensor:
 
 
 def _each(change: Any, scored: Scored) -> Scored:
-    """`change` of attention, keys and features, [..., N, X] each.
-
-    Keys come in the features' dtype: under autocast the projector's is not the tower's.
-    """
+    """`change` of attention, keys and features, [..., N, X] each."""
     attention, keys, features = scored
-    features = change(features)
-    return Scored(change(attention[..., None])[..., 0], change(keys).to(features), features)
+    return Scored(change(attention[..., None])[..., 0], change(keys), change(features))
 
 
 def _ended(videos: ImageTokens, newline: Tensor) -> ImageTokens:
