@@ -71,6 +71,7 @@ class LlavaNextAdapter(LlavaAdapter):
     ) -> ImageTokens:
         if modality != "image":
             return super().encode_pixels(model, modality, images, config, backend)
+        images = on_host(images)
         crops, layout = self._cut(model, images)
         reading = self.read(model, "image", crops, images, config.scores == "received")
         patches = self.packed(model, images, reading, layout, config, backend)
@@ -92,7 +93,7 @@ class LlavaNextAdapter(LlavaAdapter):
         """Of images: all overviews and crops, but for those that only pad a batch."""
         if modality != "image":
             return super().views(model, modality, images, config, backend)
-        config = self.resolved(model, config)
+        config, images = self.resolved(model, config), on_host(images)
         crops, layout = self._cut(model, images)
         reading = self.read(model, "image", crops, images, config.scores == "received")
         patches = self.packed(model, images, reading, layout, config, backend)
@@ -128,6 +129,14 @@ class LlavaNextAdapter(LlavaAdapter):
         """The crops [K, 3, H, W] of all images, and where the model reads their patches."""
         counts = self.counts(model, images)
         return _crops(images["pixel_values"], counts), self.layout(model, images, counts)
+
+
+def on_host(images: Mapping[str, Any]) -> dict[str, Any]:
+    """These arguments, of which what says how images are cut is lists: read once from a device, not
+    again for every image and step."""
+    names = ("image_sizes", "batch_num_images")
+    read = {name: images[name] for name in names if isinstance(images.get(name), Tensor)}
+    return {**images, **{name: values.tolist() for name, values in read.items()}}
 
 
 def _crops(pixel_values: Any, counts: list[int]) -> Tensor:

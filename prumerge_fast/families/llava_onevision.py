@@ -24,7 +24,7 @@ from prumerge_fast.errors import UnsupportedModelError
 from prumerge_fast.families.base import ImageTokens, Views, inner_model
 from prumerge_fast.families.crops import CropLayout, crop_counts, crop_grid, layout_of
 from prumerge_fast.families.llava import IMAGES_AND_VIDEOS
-from prumerge_fast.families.llava_next import LlavaNextAdapter, newline_of
+from prumerge_fast.families.llava_next import LlavaNextAdapter, newline_of, on_host
 from prumerge_fast.reduction.config import PruMergeConfig
 from prumerge_fast.reduction.reading import Patches, Reading, Scored
 
@@ -90,7 +90,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
                 values.split(counts), images["image_sizes"], None, ratio
             )
             grids = torch.zeros_like(values).flatten(0, 1)  # [K * N, X]
-            return grids.index_copy(0, places, torch.cat(packed)).view_as(values)
+            return grids.index_copy_(0, places, torch.cat(packed)).view_as(values)
 
         return _each(pack, self._projected(model, reading, config, backend))
 
@@ -151,6 +151,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         views = super().views(model, modality, images, config, backend)
         if modality != "image":
             return views
+        images = on_host(images)
         counts = self.counts(model, images)
         # Nothing is interpolated that is no larger than this.
         whole = self._layout(
@@ -193,8 +194,11 @@ def _each(change: Any, scored: Scored) -> Scored:
 
 
 def _ended(videos: ImageTokens, newline: Tensor) -> ImageTokens:
-    """With the newline [D], which has a placeholder of its own, behind each video that kept any."""
-    newline = newline.to(videos.features)[None]
+    """With the newline [D], which has a placeholder of its own, behind each video that kept any.
+
+    As in the model, it keeps its dtype, which under autocast is not that of features.
+    """
+    newline = newline.to(videos.features.device)[None]
     features, lengths, places = list[Tensor](), list[int](), list[Tensor]()
     for tokens, own, count in zip(
         videos.features.split(videos.lengths),

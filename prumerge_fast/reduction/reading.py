@@ -115,4 +115,6 @@ def reduce_patches(patches: Patches, config: PruMergeConfig, backend: str = "aut
             return prune_merge(query, keys, hidden, config, num_heads=heads, backend=backend)
         config.budget(patches.features.shape[1])  # raises, before there is work
         patches = patches.scored(config, backend)
-    return reduce_tokens(*patches, config, backend=backend)
+    attention, keys, features = patches
+    # Behind a projector, autocast gives features another dtype than the tower gave keys.
+    return reduce_tokens(attention, keys.to(features), features, config, backend=backend)

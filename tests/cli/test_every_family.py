@@ -20,6 +20,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from prumerge_fast.cli import main
 from prumerge_fast.cli.pictures import Grid, look
+from prumerge_fast.harness import stages
 from prumerge_fast.harness.models import load
 from prumerge_fast.harness.prompts import model_inputs, prepare
 from prumerge_fast.harness.videos import read_video, sampled
@@ -521,6 +522,8 @@ def test_show_an_image_that_is_interpolated(tmp_path_factory, tmp_path, capsys):
         assert (attention[view["kept"]] > 0).all()
     loaded = load(saved.folder, dtype="auto", device="cpu")
     seen = look(loaded, Image.open(picture), "large", {"a": PruMergeConfig()}, backend="auto")
+    # All of the image, which fills 20 x 16 patches of the grid, stands behind some cell.
+    assert sum(int((view.joined >= 0).sum()) for view in seen.views[1:]) == 20 * 16
     for view in seen.views:
         grid = Grid(view.image, view.cells, 60, view.joined)
         drawn = sorted(member for patch in view.patches for member in grid.members(patch))
@@ -533,6 +536,24 @@ def test_show_an_image_that_is_interpolated(tmp_path_factory, tmp_path, capsys):
             members = grid.members(patch)
             assert (right - left) * (bottom - top) == len(members) * grid.cell**2
             assert divmod(patch, 5) in members
+
+
+def test_stages_of_what_is_pruned_behind_the_projector(tmp_path_factory, pictures, monkeypatch):
+    saved = saved_once("LLaVA-OneVision", tmp_path_factory)
+    loaded = load(saved.folder, dtype="auto", device="cpu")
+    inputs = model_inputs(loaded, ["<image> a"], [Image.open(pictures / "square.png")])
+    marks, mark = list[str](), stages._Clock._mark
+    monkeypatch.setattr(
+        stages._Clock, "_mark", lambda clock, name: (marks.append(name), mark(clock, name))
+    )
+    options = {"backend": "auto", "max_new_tokens": 2, "min_new_tokens": 2}
+    stages.measure(loaded.model, inputs, PruMergeConfig(keep=KEEP), **options)
+    found = [name for name, before in zip(marks, ["", *marks], strict=False) if name != before]
+    pruned = ["vision", "prune_merge", "projector", "prune_merge", "prefill"]
+    assert found == ["before", *pruned, "decode", "end"]
+    marks.clear()
+    stages.measure(loaded.model, inputs, None, **options)
+    assert marks == ["before", "vision", "projector", "prefill", "decode", "end"]
 
 
 def test_several_images_of_a_prompt(tmp_path_factory, pictures):

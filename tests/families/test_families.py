@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -117,6 +117,22 @@ def test_keeping_everything_changes_nothing(
     assert torch.equal(actual.loss, expected.loss)
     for kind in family.kinds:
         assert torch.equal(features_of(actual, kind), features_of(expected, kind))
+
+
+def test_autocast(family: Family, model: Any) -> None:
+    """Of weights in float32, as trainers have it: the tower, the projector and newlines differ."""
+    inputs = family.inputs(family.prompts(), "right")
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            expected = model(**inputs).logits
+            actual = patch(model, **EVERYTHING)(**inputs).logits
+            assert torch.equal(actual, expected)
+            answer = patch(model, family.default).generate(**inputs, max_new_tokens=2)
+            assert torch.equal(answer[:, :-2], inputs["input_ids"])
+        labels = labels_of(inputs["input_ids"])
+        patch(model.train(), family.default)(**inputs, labels=labels).loss.backward()
+    gradients = [p.grad for name, p in model.named_parameters() if "layers.0" in name]
+    assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 @pytest.mark.parametrize("name", slow_but(CONFIGS, CONFIGS_FIRST.__contains__))
@@ -794,6 +810,31 @@ def test_crops_in_a_row(name: str) -> None:
     images = family.pictures(family.prompts(), "image")
     crops = torch.cat([family.pixels(*image) for image in images])
     assert torch.equal(model(**inputs | {"pixel_values": crops}).logits, expected)
+
+
+class OnDevice(torch.Tensor):
+    """Counts how often the host reads it, which waits for a GPU each time."""
+
+    reads: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        if function.__name__ in ("tolist", "item", "__int__", "__bool__", "cpu", "numpy"):
+            cls.reads.append(function.__name__)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("name", ["LLaVA-NeXT", "LLaVA-OneVision"])
+@torch.no_grad()
+def test_sizes_are_read_once(name: str) -> None:
+    family = FAMILIES[name]
+    inputs, model = family.inputs(family.prompts()), patch(family.model())
+    expected = model(**inputs).logits
+    names = {"image_sizes", "batch_num_images"} & inputs.keys()
+    OnDevice.reads = []
+    counted = {name: inputs[name].as_subclass(OnDevice) for name in names}
+    assert torch.equal(model(**inputs | counted).logits, expected)
+    assert OnDevice.reads == ["tolist"] * len(names)
 
 
 @pytest.mark.parametrize("order", ["attention", "raster"])
