@@ -35,14 +35,7 @@ class InternVLAdapter(LlavaAdapter):
 
     def check(self, model: Any) -> None:
         super().check(model)
-        layer = model.config.vision_feature_layer
-        if not isinstance(layer, int):
-            raise UnsupportedModelError(f"vision_feature_layer: expected one int, got {layer!r}")
-        if is_4() and layer != -1:
-            raise UnsupportedModelError(
-                "vision_feature_layer: expected -1, the one that InternVL of transformers 4 "
-                f"reads, got {layer}"
-            )
+        _check_layer(model.config.vision_feature_layer)
 
     def num_patches(self, model: Any) -> int:
         """Groups of patches of a tile."""
@@ -61,6 +54,21 @@ class InternVLAdapter(LlavaAdapter):
     def tower_options(self, model: Any, images: Mapping[str, Any]) -> dict[str, Any]:
         return {}  # it interpolates its positions whenever that is needed
 
+    def read(
+        self,
+        model: Any,
+        modality: str,
+        pixel_values: Tensor,
+        images: Mapping[str, Any],
+        every_query: bool,
+    ) -> Reading:
+        """Of pixels of any dtype, as the model takes them."""
+        layer = images.get("vision_feature_layer")
+        if layer is not None:
+            _check_layer(layer)
+        pixel_values = pixel_values.to(inner_model(model).dtype)
+        return super().read(model, modality, pixel_values, images, every_query)
+
     def pooled(
         self, model: Any, modality: str, reading: Reading, config: PruMergeConfig, backend: str
     ) -> Patches:
@@ -72,6 +80,17 @@ class InternVLAdapter(LlavaAdapter):
             _shuffled(model, attention[..., None]).mean(-1),  # [K, n]
             _shuffled(model, keys).unflatten(-1, (-1, channels)).mean(-2),  # [K, n, C]
             projected,
+        )
+
+
+def _check_layer(layer: object) -> None:
+    """Raise `UnsupportedModelError` unless the model itself reads this feature layer."""
+    if not isinstance(layer, int):
+        raise UnsupportedModelError(f"vision_feature_layer: expected one int, got {layer!r}")
+    if is_4() and layer != -1:
+        raise UnsupportedModelError(
+            "vision_feature_layer: expected -1, the one that InternVL of transformers 4 reads, got "
+            f"{layer}"
         )
 
 

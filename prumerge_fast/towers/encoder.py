@@ -76,12 +76,12 @@ class EncoderTower(ABC):
         keys = attention.k_proj(normed)
         return attention.q_proj(asking), keys
 
-    def finish(self, transformer: Any) -> nn.Module | None:
+    def finish(self, transformer: Any, feature_layer: object) -> nn.Module | None:
         """What the last layer's output goes through before it is features, if anything."""
         return None
 
     def whole(
-        self, tower: Any, pixel_values: Tensor, options: dict[str, Any]
+        self, tower: Any, pixel_values: Tensor, feature_layer: object, options: dict[str, Any]
     ) -> Mapping[int, Tensor]:
         """What `read` finds by index where the tower runs as a whole: its `hidden_states`."""
         outputs = tower(pixel_values, output_hidden_states=True, **options)
@@ -121,7 +121,7 @@ class EncoderTower(ABC):
         """The modules that end what `read` runs, whichever comes last."""
         index, layers = self.deepest(tower, feature_layer), self.layers(self.transformer(tower))
         if index == len(layers):
-            return [self.finish(self.transformer(tower)) or layers[-1]]
+            return [self.finish(self.transformer(tower), feature_layer) or layers[-1]]
         attention = self.attention(layers[index])
         return [getattr(attention, name) for name in self.multiplied]
 
@@ -198,7 +198,9 @@ class EncoderTower(ABC):
                 for name in self.multiplied:
                     stack.enter_context(_catching(attention, name, caught))
             if self._is_watched(tower):
-                states = self.whole(tower, pixel_values, options)
+                if self.rotary:
+                    stack.enter_context(_catching_arguments(layers[at], beside))
+                states = self.whole(tower, pixel_values, feature_layer, options)
             stack.enter_context(brought(around))
             if at == deepest:  # before there is work
                 stack.enter_context(brought(inside))
@@ -208,11 +210,11 @@ class EncoderTower(ABC):
             if states is None:
                 state, beside = self.embed(transformer, pixel_values, options)
                 states = self._states(transformer, state, beside, {*indices, at})
-                finish = self.finish(transformer)
+                finish = self.finish(transformer, feature_layer)
                 if at < deepest and finish is not None:
                     check_whole(around, [finish], "what follows the last layer")
                     states[deepest] = finish(states[deepest])
-            elif self.rotary:
+            elif self.rotary and not beside:  # as where what was compiled calls no hooks
                 _, beside = self.embed(transformer, pixel_values, options)
             if caught:
                 query, keys = (caught[name] for name in self.multiplied)  # [B, R, C]
@@ -280,3 +282,12 @@ def _catching(attention: Any, name: str, caught: dict[str, Tensor]) -> Any:
             caught[name] = output
 
     return getattr(attention, name).register_forward_hook(hook)
+
+
+def _catching_arguments(layer: nn.Module, caught: dict[str, Any]) -> Any:
+    """Notes what a layer is given by name, for as long as it is entered."""
+
+    def hook(_module: object, _args: object, arguments: dict[str, Any]) -> None:
+        caught.update(arguments)
+
+    return layer.register_forward_pre_hook(hook, with_kwargs=True)

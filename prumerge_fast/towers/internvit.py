@@ -37,11 +37,12 @@ class InternVitTower(EncoderTower):
         query, keys = super().project(attention, asking, normed)
         return attention.q_norm(query), attention.k_norm(keys)
 
-    def finish(self, transformer: Any) -> nn.Module:
-        return transformer.layernorm
+    def finish(self, transformer: Any, feature_layer: object) -> nn.Module | None:
+        """For -1, which the model takes as what the tower returns; L is the last layer's output."""
+        return transformer.layernorm if feature_layer == -1 else None
 
     def whole(
-        self, tower: Any, pixel_values: Tensor, options: dict[str, Any]
+        self, tower: Any, pixel_values: Tensor, feature_layer: object, options: dict[str, Any]
     ) -> Mapping[int, Tensor]:
         """4.x has none of the states between layers; its model reads the last one only."""
         if is_4():
@@ -49,7 +50,9 @@ class InternVitTower(EncoderTower):
             return {len(self.layers(self.transformer(tower))): last}
         outputs = tower(pixel_values, output_hidden_states=True, **options)
         states = dict(enumerate(outputs.hidden_states))
-        return {**states, len(states) - 1: outputs.last_hidden_state}
+        if feature_layer == -1:
+            states[len(states) - 1] = outputs.last_hidden_state
+        return states
 
     def num_patches(self, tower: Any) -> int:
         return self.transformer(tower).embeddings.patch_embeddings.num_patches

@@ -121,15 +121,22 @@ class PixtralTower(EncoderTower):
         side = self.transformer(tower).patch_size
         if image_sizes is None:
             return [(height // side, width // side)] * len(pixel_values)
-        sizes = torch.as_tensor(image_sizes).tolist()
-        fit = len(sizes) == len(pixel_values) and all(
-            side <= h <= height and side <= w <= width for h, w in sizes
+        expected = (
+            f"image_sizes: expected height and width of each of {len(pixel_values)} images, from "
+            f"{side} to {height} and {width}, got"
         )
-        if not fit:
-            raise ValueError(
-                f"image_sizes: expected height and width of each of {len(pixel_values)} images, "
-                f"from {side} to {height} and {width}, got {sizes}"
-            )
+        try:
+            given = torch.as_tensor(image_sizes)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{expected} {image_sizes!r}") from error
+        sizes = given.tolist()
+        whole = not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
+        if not (
+            given.shape == (len(pixel_values), 2)
+            and whole
+            and all(side <= h <= height and side <= w <= width for h, w in sizes)
+        ):
+            raise ValueError(f"{expected} {sizes}")
         return [(h // side, w // side) for h, w in sizes]
 
     def present(self, tower: Any, pixel_values: Tensor, image_sizes: Any) -> Tensor:

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from tiny_families import FAMILIES, V5
+from tiny_models import EVERYTHING
 from torch import Tensor, nn
 
+from prumerge_fast.errors import UnsupportedModelError
 from prumerge_fast.families import adapter_for
 from prumerge_fast.patching.patch import patch
 from prumerge_fast.reduction.config import PruMergeConfig
@@ -22,13 +24,14 @@ def pixels_of(family: Any) -> Tensor:
     return torch.stack([family.pixels("image", number) for number in range(3)])
 
 
-def states_of(tower: Any, pixel_values: Tensor) -> list[Tensor]:
-    """What each layer reads, and at the end what the model takes for the last layer's output."""
+def states_of(tower: Any, pixel_values: Tensor, feature_layer: int) -> list[Tensor]:
+    """What each layer reads, and at the end what the last one writes: of layer -1, normed."""
     state = tower.embeddings(pixel_values)
     states = [state[0] if isinstance(state, tuple) else state]
     for layer in tower.encoder.layer:
         states.append(layer(states[-1]))
-    states[-1] = tower(pixel_values).last_hidden_state
+    if feature_layer == -1:
+        states[-1] = tower(pixel_values).last_hidden_state
     return states
 
 
@@ -47,7 +50,7 @@ def test_equals_the_whole_tower(name: str, attention: str, feature_layer: int) -
         )
         for part in ("q_norm", "k_norm")
     ]
-    states = states_of(tower, pixel_values)
+    states = states_of(tower, pixel_values, feature_layer)
     for hook in hooks:
         hook.remove()
     reading = TOWER.read(tower, pixel_values, feature_layer, every_query=True)
@@ -145,6 +148,45 @@ def test_other_sizes() -> None:
     pixel_values = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
     ids = torch.tensor([[1, *[90] * 16, 5]])
     expected = model(input_ids=ids, pixel_values=pixel_values).logits
-    everything = {"keep": 1.0, "merge": "none", "supplement": False, "order": "raster"}
-    found = patch(model, **everything)(input_ids=ids, pixel_values=pixel_values).logits
+    found = patch(model, **EVERYTHING)(input_ids=ids, pixel_values=pixel_values).logits
     assert torch.equal(found, expected)
+
+
+@pytest.mark.skipif(not V5, reason="the plain model reads the last layer only")
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("feature_layer", [LAYERS, -1, -2])
+@torch.no_grad()
+def test_layers_are_the_plain_models(feature_layer: int, watched: bool) -> None:
+    """The last one by its number is in front of the norm that -1 is behind."""
+    family: Any = FAMILIES["InternVL with normed keys"]
+    model, inputs = (
+        family.model(vision_feature_layer=feature_layer),
+        family.inputs(family.prompts()),
+    )
+    expected = model(**inputs).logits
+    if watched:
+        model.model.vision_tower.register_forward_hook(lambda *_: None)
+    assert torch.equal(patch(model, **EVERYTHING)(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_pixels_of_another_dtype(dtype: torch.dtype) -> None:
+    """As processors give them; the plain model takes them, in transformers 4 as well."""
+    family: Any = FAMILIES["InternVL"]
+    model, inputs = family.model().to(dtype), family.inputs(family.prompts())
+    assert inputs["pixel_values"].dtype == torch.float32
+    expected = model(**inputs).logits
+    assert torch.equal(patch(model, **EVERYTHING)(**inputs).logits, expected)
+    model.generate(**inputs, max_new_tokens=2)
+
+
+def test_layers_that_the_model_does_not_read() -> None:
+    """Neither of the configuration nor of a call."""
+    family: Any = FAMILIES["InternVL"]
+    model, inputs = patch(family.model()), family.inputs(family.prompts())
+    for layer in ([-1, -2],) if V5 else ([-1, -2], -2):
+        with pytest.raises(UnsupportedModelError, match="vision_feature_layer: expected"):
+            model(**inputs, vision_feature_layer=layer)
+        with pytest.raises(UnsupportedModelError, match="vision_feature_layer: expected"):
+            patch(family.model(vision_feature_layer=layer))

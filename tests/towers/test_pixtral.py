@@ -109,11 +109,14 @@ def test_runs_as_a_whole_under_hooks(feature_layer: int, place: str) -> None:
     model = patch(FAMILY.model(vision_feature_layer=feature_layer))
     inputs = FAMILY.inputs(FAMILY.prompts())
     expected = model(**inputs).logits
-    seen = []
+    seen: list[Any] = []
+    embedded: list[Any] = []
     tower = model.model.vision_tower
     module = tower.get_submodule(place)
     module.register_forward_hook(lambda _m, _a, output: seen.append(output.last_hidden_state))
+    tower.patch_conv.register_forward_hook(lambda *_: embedded.append(place))
     assert torch.equal(model(**inputs).logits, expected)
+    assert embedded == [place]  # once, as in the plain model
     [state] = seen
     pixel_values, sizes = images()
     assert torch.equal(state, tower(pixel_values, image_sizes=sizes).last_hidden_state)
@@ -135,14 +138,24 @@ def test_images_without_sizes_are_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    "sizes", [[[30, 24]], [[30, 24]] * 3 + [[54, 24]], [[30, 24]] * 3 + [[30, 3]]]
+    "sizes",
+    [
+        torch.tensor([[30, 24]]),
+        torch.tensor([[30, 24]] * 3 + [[54, 24]]),
+        torch.tensor([[30, 24]] * 3 + [[30, 3]]),
+        torch.tensor([30, 24, 30, 24]),
+        torch.tensor([[30, 24, 3]] * 4),
+        torch.tensor([[30.0, 24.0]] * 4),
+        [[30, 24]] * 3 + [[30]],
+        "30 x 24",
+    ],
 )
-def test_sizes_that_do_not_fit(sizes: list[list[int]]) -> None:
+def test_sizes_that_do_not_fit(sizes: Any) -> None:
     tower = FAMILY.model().model.vision_tower
     with pytest.raises(
         ValueError, match="image_sizes: expected height and width of each of 4 images"
     ):
-        TOWER.read(tower, images()[0], -1, image_sizes=torch.tensor(sizes))
+        TOWER.read(tower, images()[0], -1, image_sizes=sizes)
 
 
 @pytest.mark.parametrize("order", ["attention", "raster"])
