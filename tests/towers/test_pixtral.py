@@ -175,6 +175,16 @@ def test_prompts_without_breaks(order: str) -> None:
 
 
 @torch.no_grad()
+def test_an_image_smaller_than_keep_keeps_all() -> None:
+    """While others of its batch keep as many; their patches are 20, 18, 8 and 20."""
+    model = patch(FAMILY.model(), keep=10)
+    model(**FAMILY.inputs(FAMILY.prompts()))
+    assert model.prumerge.last_lengths == (11, 11, 9, 11)
+    patch(model, keep=0.5, supplement=False)(**FAMILY.inputs(FAMILY.prompts()))
+    assert model.prumerge.last_lengths == (10, 9, 4, 10)
+
+
+@torch.no_grad()
 def test_rows_that_are_ended_otherwise_lose_nothing() -> None:
     """Another token in one of the breaks' places: nobody knows which of them are breaks."""
     model = patch(FAMILY.model(), keep=1, supplement=False, outputs="shrunk")
