@@ -101,7 +101,7 @@ def test_pictures_carry_the_results_that_they_show(documents):
 def test_support_table_names_tests_that_exist(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "bench")
     table = importlib.import_module("support_table")
-    command = ["pytest", "--collect-only", "-q", table.FAMILY_TESTS]
+    command = ["pytest", "--collect-only", "-q", "-m", "slow or not slow", table.FAMILY_TESTS]
     collected = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout
     assert set(table.node_ids()) <= set(collected.splitlines())
     # The original package lives in an environment of its own, where alone its tests are collected.
