@@ -19,17 +19,18 @@ def check_sizes(config: Any, *parts: str) -> None:
     for part in parts:
         for name in _SIZES[part]:
             size = getattr(getattr(config, part), name, 1)
-            if any(not isinstance(edge, int) or edge < 1 for edge in _edges(size)):
+            if any(not isinstance(edge, int) or edge < 1 for edge in _edges(config, size)):
                 raise UnsupportedModelError(
                     f"{part}.{name}: expected a whole number >= 1, got {size!r}"
                 )
     image, patch = (getattr(config.vision_config, name, 1) for name in ("image_size", "patch_size"))
-    if min(_edges(image)) < max(_edges(patch)):
+    if min(_edges(config, image)) < max(_edges(config, patch)):
         raise UnsupportedModelError(
             f"vision_config.image_size: expected at least patch_size, {patch}, got {image}"
         )
 
 
-def _edges(size: Any) -> Sequence[Any]:
-    """Height and width, where they are given as such."""
-    return size if isinstance(size, (list, tuple)) and size else [size]
+def _edges(config: Any, size: Any) -> Sequence[Any]:
+    """Height and width, where the tower is given both: InternViT."""
+    pairs = config.vision_config.model_type == "internvl_vision"
+    return size if pairs and isinstance(size, (list, tuple)) and size else [size]
