@@ -425,7 +425,9 @@ def test_encoded_pictures(family: Family) -> None:
     for kind in family.kinds:
         numbers = [number for _, number in family.pictures(prompts, kind)]
         method = getattr(model, f"get_{kind}_features")
-        encoded[kind] = method(**family.arguments(kind, numbers), return_dict=True)
+        # The first parameter holds the pixels; its name depends on the version.
+        (_, pixels), *others = family.arguments(kind, numbers).items()
+        encoded[kind] = method(pixels, **dict(others), return_dict=True)
     text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     expected = model(**inputs).logits
     assert torch.equal(model(**text, mm_encoder_outputs=encoded).logits, expected)
