@@ -152,16 +152,16 @@ def test_tiles_of_an_image_are_one(tmp_path):
     model.save_pretrained(tmp_path)
     size = {"height": 36, "width": 36}
     GotOcr2(size=size, max_patches=4).save_pretrained(tmp_path)
-    processed = GotOcr2(size=size, max_patches=4)(
-        PICTURES, crop_to_patches=True, return_tensors="pt"
-    )
+    prumerge_fast.patch(model, keep=3)
+    encoder = PruMergeEncoder(tmp_path, model.prumerge.config)
+    # The one that is loaded, which with torchvision resizes otherwise.
+    processed = encoder._image_processor(PICTURES, crop_to_patches=True, return_tensors="pt")
     tiles = [int(count) for count in processed["num_patches"]]
     assert len(set(tiles)) > 1
-    prumerge_fast.patch(model, keep=3)
     with torch.no_grad():
         features = model.get_image_features(processed["pixel_values"])
     features = getattr(features, "pooler_output", features)
-    encoded = PruMergeEncoder(tmp_path, model.prumerge.config).encode(PICTURES)
+    encoded = encoder.encode(PICTURES)
     assert [len(rows) for rows in encoded] == [4 * count for count in tiles]
     assert torch.equal(torch.cat(encoded), torch.cat(features))
 
