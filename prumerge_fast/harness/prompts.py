@@ -166,8 +166,13 @@ def framed(loaded: Loaded | Conversation, image: Image.Image) -> Image.Image:
 
 
 def check_pixels(pixel_values: torch.Tensor, names: Sequence[str], modality: str = "image") -> None:
-    """Raises PictureError where processed pixels [B, ...] of an image or video are not finite."""
+    """Raises PictureError where processed pixels [B, ...] of an image or video are not finite.
+
+    Of images in several tiles each, the names of all are given.
+    """
     finite = pixel_values.isfinite().flatten(1).all(1).tolist()  # [B]
+    if len(finite) > len(names):
+        names = [" or ".join(names)] * len(finite)
     for name, good in zip(names, finite, strict=True):
         if not good:
             raise PictureError(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from tiny_families import FAMILIES
 from tiny_models import batch
 
+from prumerge_fast.errors import PictureError
+from prumerge_fast.harness.prompts import check_pixels
 from prumerge_fast.harness.stages import measure
 from prumerge_fast.reduction.config import PruMergeConfig
 
@@ -26,3 +29,12 @@ def test_tiles_count_for_their_prompt() -> None:
         assert found.times.projector > 0
         assert found.times.prefill > 0
         assert (found.times.prune_merge is None) == (config is None)
+
+
+def test_pixels_of_tiles_that_are_not_finite() -> None:
+    """Of two images in five tiles nobody knows whose is which."""
+    pixels = torch.zeros(5, 3, 36, 36)
+    check_pixels(pixels, ["a.png", "b.png"])
+    pixels[4, 0, 0, 0] = torch.nan
+    with pytest.raises(PictureError, match=r"got NaN or infinity for a\.png or b\.png$"):
+        check_pixels(pixels, ["a.png", "b.png"])
