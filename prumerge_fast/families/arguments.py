@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from torch import Tensor
 
 
 def named_arguments(method: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -15,3 +17,11 @@ def named_arguments(method: Callable[..., Any], *args: Any, **kwargs: Any) -> di
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             arguments.update(arguments.pop(name, {}))
     return arguments
+
+
+def on_host(images: Mapping[str, Any]) -> dict[str, Any]:
+    """These arguments, with lists of how large images are and how they are cut: read once from a
+    device, not again for every image and step."""
+    names = ("image_sizes", "batch_num_images")
+    read = {name: images[name] for name in names if isinstance(images.get(name), Tensor)}
+    return {**images, **{name: values.tolist() for name, values in read.items()}}

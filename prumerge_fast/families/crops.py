@@ -197,8 +197,8 @@ def _arrange(
     image = layout.image_of_crop[crop]  # [R]
     is_patch = patch >= 0  # [R]
     stands = place[patch].where(is_patch, ends[image] - 1)  # [R]
-    of_image = patch == -2  # [R], what sums up a whole image
     if order == "attention":
+        of_image = patch == -2  # [R], what sums up a whole image
         ended = crop[in_grid & ~of_image].unique()  # crops that a newline ends
         newline_image = layout.image_of_crop[ended]
         last = place.view(layout.is_read.shape).amax(1)[ended]
@@ -208,7 +208,7 @@ def _arrange(
         is_first = torch.ones_like(layout.is_overview)  # [K], an overview or an image not cut
         is_first[1:] = layout.image_of_crop.diff() > 0
         behind = torch.where(  # what a supplement follows
-            is_first[crop] & ~of_image,
+            is_first[crop],  # never of what sums up a whole image: it has the last crop
             (ends - total)[image] + layout.is_read.shape[1],
             ends[image],
         )

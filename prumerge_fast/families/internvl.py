@@ -8,7 +8,7 @@ linear. A group's attention and keys are the means of its patches'.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -24,14 +24,6 @@ class InternVLAdapter(LlavaAdapter):
     """As LLaVA, with `pixel_shuffle`."""
 
     prunes_projected = True
-    image_arguments: ClassVar[tuple[str, ...]] = (
-        "pixel_values",
-        "vision_feature_layer",
-        "vision_feature_select_strategy",
-        "image_sizes",
-        "interpolate_pos_encoding",
-        "mm_encoder_outputs",
-    )
 
     def check(self, model: Any) -> None:
         super().check(model)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prumerge_fast.families.arguments import on_host
 from prumerge_fast.families.base import ImageTokens, Views, inner_model
 from prumerge_fast.families.crops import (
     CropLayout,
@@ -129,14 +130,6 @@ class LlavaNextAdapter(LlavaAdapter):
         """The crops [K, 3, H, W] of all images, and where the model reads their patches."""
         counts = self.counts(model, images)
         return _crops(images["pixel_values"], counts), self.layout(model, images, counts)
-
-
-def on_host(images: Mapping[str, Any]) -> dict[str, Any]:
-    """These arguments, of which what says how images are cut is lists: read once from a device, not
-    again for every image and step."""
-    names = ("image_sizes", "batch_num_images")
-    read = {name: images[name] for name in names if isinstance(images.get(name), Tensor)}
-    return {**images, **{name: values.tolist() for name, values in read.items()}}
 
 
 def _crops(pixel_values: Any, counts: list[int]) -> Tensor:

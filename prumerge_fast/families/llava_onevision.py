@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from prumerge_fast.errors import UnsupportedModelError
+from prumerge_fast.families.arguments import on_host
 from prumerge_fast.families.base import ImageTokens, Views, inner_model
 from prumerge_fast.families.crops import CropLayout, crop_counts, crop_grid, layout_of
 from prumerge_fast.families.llava import IMAGES_AND_VIDEOS
-from prumerge_fast.families.llava_next import LlavaNextAdapter, newline_of, on_host
+from prumerge_fast.families.llava_next import LlavaNextAdapter, newline_of
 from prumerge_fast.reduction.config import PruMergeConfig
 from prumerge_fast.reduction.reading import Patches, Reading, Scored
 

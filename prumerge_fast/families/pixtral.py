@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from prumerge_fast.families.arguments import on_host
 from prumerge_fast.families.base import ImageTokens, Views
 from prumerge_fast.families.llava import LlavaAdapter, stacked
 from prumerge_fast.reduction.config import PruMergeConfig
@@ -42,6 +43,7 @@ class LlavaOrPixtralAdapter(LlavaAdapter):
     ) -> ImageTokens:
         if not self._takes_sizes(model):
             return super().encode_pixels(model, modality, images, config, backend)
+        images = on_host(images)
         pixels = stacked(images["pixel_values"])  # [B, 3, H, W]
         tower, sizes = self.tower(model, modality), images.get("image_sizes")
         grids = torch.tensor(TOWER.grids(tower, pixels, sizes))  # [B, 2]
@@ -72,6 +74,7 @@ class LlavaOrPixtralAdapter(LlavaAdapter):
         config: PruMergeConfig,
         backend: str,
     ) -> Views:
+        images = on_host(images)
         views = super().views(model, modality, images, config, backend)
         if not self._takes_sizes(model):
             return views

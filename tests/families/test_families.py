@@ -824,7 +824,7 @@ class OnDevice(torch.Tensor):
         return super().__torch_function__(function, types, args, kwargs or {})
 
 
-@pytest.mark.parametrize("name", ["LLaVA-NeXT", "LLaVA-OneVision"])
+@pytest.mark.parametrize("name", ["LLaVA-NeXT", "LLaVA-OneVision", "LLaVA with Pixtral"])
 @torch.no_grad()
 def test_sizes_are_read_once(name: str) -> None:
     family = FAMILIES[name]
